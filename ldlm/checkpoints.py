@@ -1,0 +1,191 @@
+"""Checkpoints and exports: files that describe themselves and are read without running what is in them.
+
+In: a model made of parts, or a file. Out: a description (plain data), a model's classes and arguments, tensors.
+No section of the paper.
+
+Every part keeps each argument of its constructor under the argument's own name. That one rule lets `describe` write a
+part as ``{"class_path": ..., "init_args": {...}}`` and `build` make it again, whether it came from YAML or a script.
+Nothing is imported on a file's word: `build` takes classes only from modules that are already imported.
+"""
+
+import inspect
+import json
+import os
+import pickle
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ldlm.decoders import TokenDecoder
+from ldlm.denoiser import Denoiser
+from ldlm.encoders import TokenEncoder
+from ldlm.latents import LatentDecoder, LatentEncoder
+from ldlm.samplers import Sampler, TimeGrid
+from ldlm.schedules import NoiseSchedule
+from ldlm.timesteps import TimestepSampler
+
+PARTS = (
+    TokenEncoder,
+    LatentEncoder,
+    LatentDecoder,
+    TokenDecoder,
+    Denoiser,
+    NoiseSchedule,
+    TimestepSampler,
+    Sampler,
+    TimeGrid,
+)
+FORMAT = 1
+
+
+def describe(part: object, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A part as plain data: the path of its class and the arguments that make it again.
+
+    Args:
+        part: Anything that keeps its constructor's arguments under their own names.
+        leave_out: Arguments not to describe.
+
+    Raises:
+        ValueError: If an argument is not kept under its name, or is not plain data or a part.
+
+    >>> from ldlm.schedules import TangentSchedule
+    >>> describe(TangentSchedule(d=3.0))
+    {'class_path': 'ldlm.schedules.TangentSchedule', 'init_args': {'d': 3.0}}
+    """
+    kind = type(part)
+    arguments = {}
+    for name in list(inspect.signature(kind).parameters):
+        if name in leave_out:
+            continue
+        try:
+            value = getattr(part, name)
+        except AttributeError:
+            raise ValueError(
+                f"{kind.__name__} takes an argument {name!r} but keeps no attribute of that name, so no checkpoint "
+                f"could make it again: write self.{name} = {name} in its constructor"
+            ) from None
+        arguments[name] = _plain(value, f"{kind.__name__}.{name}")
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def _plain(value: Any, name: str) -> Any:
+    """An argument as JSON-able data."""
+    if isinstance(value, PARTS):
+        return describe(value)
+    if isinstance(value, str) and os.path.isabs(value):
+        # A path on this machine means nothing elsewhere, and may tell more than its owner wants told.
+        return os.path.basename(value.rstrip("/"))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, name) for key, item in value.items()}
+    raise ValueError(
+        f"{name} is a {type(value).__name__}, which a checkpoint cannot describe: arguments of parts are numbers, "
+        "strings, lists, dictionaries or other parts"
+    )
+
+
+def build(description: Any) -> Any:
+    """The inverse of `describe` for a part; plain data are returned as they are.
+
+    Raises:
+        ValueError: If a class is not in a module that is already imported, or is not one of ldlm's parts.
+    """
+    if isinstance(description, list):
+        return [build(item) for item in description]
+    if not isinstance(description, dict):
+        return description
+    if description.keys() != {"class_path", "init_args"}:
+        return {key: build(item) for key, item in description.items()}
+    module_name, _, class_name = str(description["class_path"]).rpartition(".")
+    if module_name not in sys.modules:
+        raise ValueError(
+            f"this model uses the class {class_name} of the module {module_name}, which is not imported, and files "
+            f"are not allowed to import anything: import {module_name} first, or add --import {module_name}"
+        )
+    kind = vars(sys.modules[module_name]).get(class_name)
+    if not (isinstance(kind, type) and issubclass(kind, PARTS)):
+        raise ValueError(
+            f"this model uses {description['class_path']}, which is not a part of a model here: define the class in "
+            f"{module_name} at the top level, as a subclass of one of ldlm's abstract parts"
+        )
+    return kind(**{name: build(value) for name, value in description["init_args"].items()})
+
+
+def pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """A tokenizer's files by name, each as bytes [length] uint8."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = [path for path in sorted(Path(folder).iterdir()) if path.is_file()]
+        return {path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files}
+
+
+def unpack_tokenizer(files: dict[str, Tensor]) -> PreTrainedTokenizerBase:
+    """The inverse of `pack_tokenizer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        return tokenizer
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint of ours as plain data and CPU tensors; nothing in it is executed.
+
+    Raises:
+        ValueError: If the file is missing, truncated, or not a checkpoint of this library.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.ckpt"))[:5] if path.parent.is_dir() else []
+        there = f"; there are {', '.join(near)}" if near else ""
+        raise ValueError(f"checkpoint {path} does not exist{there}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated or not a checkpoint: use another, or train again")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} could not be read as a checkpoint ({reason}): use another, or train again") from error
+    if not isinstance(checkpoint, dict) or "ldlm" not in checkpoint:
+        raise ValueError(f"{path} is a checkpoint of something else: it does not describe an ldlm model")
+    if checkpoint["ldlm"]["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {checkpoint['ldlm']['format']}, newer than this ldlm's {FORMAT}: upgrade ldlm"
+        )
+    return checkpoint
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Strictly load a state_dict, with one sentence naming what does not fit.
+
+    Raises:
+        ValueError: If keys are missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    wrong = [("lacks", missing), ("has too much", unexpected), ("has other shapes for", sorted(shapes))]
+    told = [f"{what} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}" for what, keys in wrong if keys]
+    if told:
+        raise ValueError(f"{source} does not fit the model it describes: it {'; it '.join(told)}")
+    model.load_state_dict(state)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or one sentence about why not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} could not be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content

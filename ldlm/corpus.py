@@ -1,0 +1,285 @@
+"""Documents, one text after another, from the user's own files or from a data set of the Hugging Face hub.
+
+In: the name of a file, a folder or a hub data set, and the column that holds the text. Out: an iterator of strings that
+holds one document at a time, their number, and an identity that changes whenever the documents might.
+App. C "Data preprocessing" begins here; the LM1B detokeniser is MDLM's, whose protocol the paper follows.
+"""
+
+import abc
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ldlm.files import PACKAGE_PREFIX, resolve, sha256
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+TEXT_UNITS = ("line", "paragraph", "document")
+FILES_HINT = "a local .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of them"
+
+
+class Corpus(abc.ABC):
+    """A sequence of documents that can be walked through again and again, each time in the same order."""
+
+    stem: str  # a short name for file names
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[str]:
+        """Give the documents in order; ValueError naming file and line where one cannot be read."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Count the documents (local text is walked through for this)."""
+
+    @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Describe the documents in JSON-able fields that differ whenever the documents may differ."""
+
+
+class FileCorpus(Corpus):
+    """Documents of local files: a `.jsonl` line or `.parquet` row is one; for `.txt` see `text_unit`.
+
+    Args:
+        path: a file with one of `SUFFIXES`, or a folder, searched recursively and read in sorted order.
+        text_column: the JSON field or Parquet column with the text.
+        text_unit: what one document of a `.txt` file is: a non-blank "line", a "paragraph" (ended by a blank line), or
+            the whole "document", a file.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a file of another kind; on reading: not UTF-8, not JSON, no such column.
+    """
+
+    def __init__(self, path: str | Path, text_column: str = "text", text_unit: str = "paragraph") -> None:
+        self.path = Path(path).expanduser()
+        self.text_column = text_column
+        self.text_unit = text_unit
+        self.stem = re.sub(r"[^\w.-]+", "-", self.path.resolve().name.partition(".")[0] or "corpus")
+        if not self.path.exists():
+            raise FileNotFoundError(f"{path} does not exist; as dataset or validation give {FILES_HINT}, or a hub name")
+        if self.path.is_dir():
+            inside = sorted(self.path.rglob("*"), key=lambda file: file.relative_to(self.path).as_posix())
+            self.files = [
+                file
+                for file in inside
+                if file.is_file() and has_known_suffix(file.name) and not file.name.startswith(".")
+            ]
+            if not self.files:
+                raise FileNotFoundError(f"{path} is a folder without any of {', '.join(SUFFIXES)} in it")
+        elif has_known_suffix(self.path.name):
+            self.files = [self.path]
+        else:
+            raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}; convert it or rename it")
+
+    def __iter__(self) -> Iterator[str]:
+        """Give the documents file by file."""
+        for file in self.files:
+            if file.name.lower().endswith(".txt"):
+                yield from self._plain(file)
+            elif file.name.lower().endswith(".parquet"):
+                yield from self._parquet(file)
+            else:
+                yield from self._json_lines(file)
+
+    def __len__(self) -> int:
+        """Count the documents by reading them."""
+        return sum(1 for _ in self)
+
+    def identity(self) -> dict[str, Any]:
+        """Name, size and SHA-256 of each file; no absolute path, so that a moved corpus is the same corpus."""
+        root = self.path if self.path.is_dir() else self.path.parent
+        files = [
+            {"name": file.relative_to(root).as_posix(), "bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in self.files
+        ]
+        return {"files": files, "text_column": self.text_column, "text_unit": self.text_unit}
+
+    def _plain(self, file: Path) -> Iterator[str]:
+        kept: list[str] = []
+        for _, line in _lines(file):
+            blank = not line.strip()
+            if self.text_unit == "document":
+                kept.append(line)
+            elif self.text_unit == "line" and not blank:
+                yield line.rstrip("\r\n")
+            elif self.text_unit == "paragraph" and not blank:
+                kept.append(line)
+            elif self.text_unit == "paragraph" and kept:
+                yield "".join(kept).rstrip("\r\n")
+                kept = []
+        text = "".join(kept)
+        if text.strip():
+            yield text if self.text_unit == "document" else text.rstrip("\r\n")
+
+    def _json_lines(self, file: Path) -> Iterator[str]:
+        for number, line in _lines(file):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number} is not JSON ({error}); correct or remove that line") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{file}, line {number} is not a JSON object such as {{{self.text_column!r}: …}}")
+            if self.text_column not in record:
+                raise ValueError(_no_column(self.text_column, f"{file}, line {number}", list(record)))
+            yield _text(record[self.text_column], self.text_column, f"{file}, line {number}")
+
+    def _parquet(self, file: Path) -> Iterator[str]:
+        import pyarrow
+        import pyarrow.parquet
+
+        row = 0
+        try:
+            with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
+                if self.text_column not in table.schema_arrow.names:
+                    raise ValueError(_no_column(self.text_column, str(file), table.schema_arrow.names))
+                for batch in table.iter_batches(batch_size=64, columns=[self.text_column]):
+                    for value in batch.column(0).to_pylist():
+                        row += 1
+                        yield _text(value, self.text_column, f"{file}, row {row}")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}, after row {row} is not UTF-8; save the text as UTF-8") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{file} cannot be read as Parquet ({reason}); it may be truncated: fetch it again"
+            ) from None
+
+
+class HubCorpus(Corpus):
+    """Documents of a data set on the Hugging Face hub, which `datasets` downloads once and keeps.
+
+    Args:
+        name: the data set's name, such as `Skylion007/openwebtext`.
+        config_name: which of its configurations, if it has several.
+        split: which of its splits, in the `datasets` notation.
+        revision: branch, tag or commit; `refs/convert/parquet` where the data set still is a script.
+        text_column: the column with the text.
+
+    Raises:
+        FileNotFoundError: no network, or no such data set.
+        ValueError: no such split, configuration or column.
+    """
+
+    def __init__(self, name: str, config_name: str | None, split: str, revision: str | None, text_column: str) -> None:
+        import datasets
+
+        self.stem = re.sub(r"[^\w.-]+", "-", name)
+        self.name, self.config_name, self.split, self.revision = name, config_name, split, revision
+        self.text_column = text_column
+        try:
+            self.rows = datasets.load_dataset(name, config_name, split=split, revision=revision)
+        except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+            kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+            raise kind(
+                f"dataset={name!r} (split={split!r}, config_name={config_name!r}, revision={revision!r}) could not be "
+                f"loaded from the hub ({str(error).splitlines()[0]}); check name and network, or give {FILES_HINT}"
+            ) from None
+        if text_column not in self.rows.column_names:
+            raise ValueError(_no_column(text_column, name, self.rows.column_names))
+
+    def __iter__(self) -> Iterator[str]:
+        """Give the documents in the data set's own order."""
+        for number, row in enumerate(self.rows.select_columns([self.text_column])):
+            yield _text(row[self.text_column], self.text_column, f"{self.name}, row {number}")
+
+    def __len__(self) -> int:
+        """Count the documents, which the data set knows."""
+        return len(self.rows)
+
+    def identity(self) -> dict[str, Any]:
+        """Name, configuration, split, revision, and the fingerprint `datasets` made of the files behind them."""
+        return {
+            "hub": self.name,
+            "config_name": self.config_name,
+            "split": self.split,
+            "revision": self.revision,
+            "hub_fingerprint": self.rows._fingerprint,  # covers the commit, which a branch name does not
+            "text_column": self.text_column,
+        }
+
+
+def looks_like_path(name: str) -> bool:
+    """Say whether a name can only mean files: a known suffix, a leading `.`, `/` or `~`, a trailing `/`, `package:`."""
+    return name.startswith((PACKAGE_PREFIX, ".", "/", "~")) or name.endswith("/") or has_known_suffix(name)
+
+
+def is_local(dataset: str) -> bool:
+    """Say whether a data set's name means files: it looks like a path, or something of that name is there."""
+    return looks_like_path(dataset) or Path(dataset).exists()
+
+
+def has_known_suffix(name: str) -> bool:
+    """Say whether a file name ends in one of `SUFFIXES`, in capitals or not."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def open_corpus(
+    dataset: str,
+    text_column: str = "text",
+    text_unit: str = "paragraph",
+    split: str = "train",
+    revision: str | None = None,
+    config_name: str | None = None,
+) -> Corpus:
+    """Open local files where `dataset` means such (`is_local`), else a data set of the hub.
+
+    Raises:
+        FileNotFoundError: neither can be found.
+        ValueError: it is there but cannot be read as asked; the sentence says which argument to change.
+    """
+    if is_local(dataset):
+        return FileCorpus(resolve(dataset), text_column, text_unit)
+    return HubCorpus(dataset, config_name, split, revision, text_column)
+
+
+def lm1b_detokenizer(text: str) -> str:
+    """Undo the tokenisation of the One Billion Word corpus by MDLM's rules (App. C follows that protocol).
+
+    >>> lm1b_detokenizer("He said : it 's 5 $ 3 , ( or so ) .")
+    "He said: it's 5 $3, (or so)."
+    """
+    text = re.sub(r"\b(https?) : / / ", r"\1://", text)
+    text = re.sub(r" '(\w+)", r"'\1", text)  # clitics: it 's, they 're; opening quotes have a space behind them
+    text = re.sub(r" ([.?!])(?=\s|$)", r"\1", text)
+    text = re.sub(r" ([,:;])(?=\s|$)", r"\1", text)
+    text = text.replace(" / ", "/")
+    text = re.sub(r'" ([^"]+) "', r'"\1"', text)
+    text = re.sub(r"' ([^']+) '", r"'\1'", text)
+    text = re.sub(r"\( ([^()]+) \)", r"(\1)", text)
+    text = re.sub(r"\[ ([^\[\]]+) \]", r"[\1]", text)
+    return re.sub(r"([$£]) ", r"\1", text)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Give (line number from 1, line with its ending), decoded one by one so that an error can name the line."""
+    try:
+        with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{file}, line {number} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is not a whole gzip file ({error}); fetch or compress it again") from None
+
+
+def _no_column(wanted: str, where: str, there: list[str]) -> str:
+    return f"text_column={wanted!r} is not in {where}; it has {', '.join(map(repr, there)) or 'no columns'}"
+
+
+def _text(value: object, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{where}: {column!r} holds {type(value).__name__}, a text is wanted; choose another text_column"
+        )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON's "\ud800" alone: no tokenizer takes it
+            raise ValueError(f"{where}: {column!r} holds half a surrogate pair, which is no text; remove it") from None
+    return value

@@ -1,0 +1,137 @@
+"""Token decoders: from estimated hidden states to tokens.
+
+In: normalised hidden states [b n h], as the latent decoder estimates them.
+Out: logits [b n v], token ids [b n], or the cross-entropy in nats per token.
+Paper: section 4.1, Eq. 3 and 27; App. C (66M parameters with 3 layers, 38M for the linear head alone).
+"""
+
+import abc
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldlm.encoders import TokenEncoder
+from ldlm.layers import TransformerBlock, initialise
+
+# Positions whose logits are held at once: 2,048 x 50,257 in float32 is 412 MB.
+CHUNK = 2048
+
+
+class TokenDecoder(nn.Module, abc.ABC):
+    """Features of the hidden states under a linear head over the vocabulary.
+
+    A subclass writes `features`; the head, the chunked loss and the chunked argmax are here.
+
+    Args:
+        hidden_size: Width h of the token encoder.
+        vocab_size: Vocabulary size v.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    @abc.abstractmethod
+    def features(self, hidden: Tensor) -> Tensor:
+        """Hidden states [b n h] -> inputs of the head [b n h]."""
+
+    def start(self, token_encoder: TokenEncoder) -> None:
+        """Called once when training starts, after the hidden-state statistics are known. A seam: does nothing here."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[b n h] -> all logits at once, [b n v]. `loss` and `predict` do without that much memory."""
+        out: Tensor = self.head(self.features(hidden))
+        return out
+
+    def loss(self, hidden: Tensor, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats (Eq. 27), never holding more than `CHUNK` rows of logits.
+
+        Args:
+            hidden: Hidden states [b n h].
+            tokens: Targets [b n].
+            positions: Indices into the b·n positions; the mean is over these alone. None for all of them.
+        """
+        features, targets = self.features(hidden).flatten(0, 1), tokens.flatten()
+        if positions is not None:
+            features, targets = features[positions], targets[positions]
+        if len(targets) <= CHUNK:
+            return self._nats(features, targets) / len(targets)
+        # Checkpointing makes each chunk's logits again in the backward pass, so that no two chunks' logits coexist.
+        # F.linear_cross_entropy also chunks, but in bfloat16 its loss itself is rounded to bfloat16.
+        pairs = zip(features.split(CHUNK), targets.split(CHUNK), strict=True)
+        sums = [checkpoint(self._nats, part, target, use_reentrant=False) for part, target in pairs]
+        return torch.stack(sums).sum() / len(targets)
+
+    def _nats(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy of one chunk, in float32."""
+        return F.cross_entropy(self.head(features).float(), targets, reduction="sum")
+
+    def predict(self, hidden: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """Token ids [b n]: the argmax, or a draw from softmax(logits / temperature), in chunks of positions."""
+        ids = []
+        for features in self.features(hidden).flatten(0, 1).split(CHUNK):
+            logits = self.head(features).float()
+            if temperature > 0:
+                probabilities = F.softmax(logits / temperature, dim=-1)
+                ids.append(torch.multinomial(probabilities, 1, generator=generator).squeeze(1))
+            else:
+                ids.append(logits.argmax(-1))
+        return torch.cat(ids).view(hidden.shape[:2])
+
+
+class LinearTokenDecoder(TokenDecoder):
+    """The linear head alone (App. C: 38M at 768 x 50,257).
+
+    Args:
+        hidden_size: Width h of the token encoder.
+        vocab_size: Vocabulary size v.
+        from_embeddings: Start at the token encoder's own input embeddings E read on de-normalised hidden states,
+            logits = E (mean + std · h). A short run then does not spend its time on finding the vocabulary again.
+    """
+
+    def __init__(self, hidden_size: int = 768, vocab_size: int = 50257, from_embeddings: bool = False) -> None:
+        super().__init__(hidden_size, vocab_size)
+        self.from_embeddings = from_embeddings
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """The hidden states themselves."""
+        return hidden
+
+    @torch.no_grad()
+    def start(self, token_encoder: TokenEncoder) -> None:
+        """Write the embeddings into the head, if asked for."""
+        if self.from_embeddings:
+            embeddings = token_encoder.embeddings().to(self.head.weight)
+            self.head.weight.copy_(embeddings * token_encoder.std)
+            self.head.bias.copy_(embeddings @ token_encoder.mean)
+
+
+class TransformerTokenDecoder(TokenDecoder):
+    """Bidirectional transformer blocks of 16 d² under an untied head (App. C: 66M with 3 layers).
+
+    Args:
+        hidden_size: Width h of the token encoder.
+        vocab_size: Vocabulary size v.
+        layers: Number of blocks.
+        heads: Attention heads; must divide ``hidden_size``.
+    """
+
+    def __init__(self, hidden_size: int = 768, vocab_size: int = 50257, layers: int = 3, heads: int = 12) -> None:
+        super().__init__(hidden_size, vocab_size)
+        self.layers = layers
+        self.heads = heads
+        self.blocks = nn.Sequential(*(TransformerBlock(hidden_size, heads, gated=True) for _ in range(layers)))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.blocks.apply(initialise)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(hidden_size))
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """[b n h] -> [b n h]."""
+        out: Tensor = self.norm(self.blocks(hidden))
+        return out

@@ -1,0 +1,182 @@
+"""Rows read from a flat file of tokens, and the order in which ranks and steps get them.
+
+In: the path of packed tokens and a row length; a seed and an optimizer step. Out: int64 tokens [n] or [b n]; indices.
+App. C "Data preprocessing": fixed-length chunks of one stream, no padding, batches of 512 rows over all devices. The
+order has no state: it is a pure function of (seed, step), so a run goes on from any step and on any number of ranks.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset, DistributedSampler
+
+from ldlm import noise
+
+
+class PackedRows(Dataset[Tensor]):
+    """Rows of a packed file: row i is [BOS] + stream[i(n-2) : (i+1)(n-2)] + [EOS], or n bare tokens of the stream.
+
+    The file is mapped on first use and again in each loader worker; pickling carries only its path.
+
+    Args:
+        path: the `.bin`.
+        dtype: `uint16` or `uint32`, as its header says.
+        tokens: how many it holds.
+        sequence_length: n.
+        frame: (BOS, EOS) to put around each row, None for none.
+        limit: keep only the first so many rows.
+
+    Raises:
+        ValueError: the file holds less than one row.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: str,
+        tokens: int,
+        sequence_length: int,
+        frame: tuple[int, int] | None,
+        limit: int | None = None,
+    ) -> None:
+        self.path, self.dtype, self.tokens = Path(path), dtype, tokens
+        self.sequence_length, self.frame = sequence_length, frame
+        self.body = sequence_length - (2 if frame else 0)
+        self.rows = tokens // self.body  # what is left at the very end is shorter than a row and unused
+        if self.rows == 0:
+            raise ValueError(
+                f"{self.path.name} holds {tokens} tokens, but one row of sequence_length={sequence_length} needs "
+                f"{self.body}; give more text (or a larger validation, if that part is the short one) or shorter rows"
+            )
+        if limit is not None:
+            self.rows = min(self.rows, limit)
+        self._stream: np.ndarray[Any, Any] | None = None
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return self.rows
+
+    def __getitem__(self, index: int | list[int]) -> Tensor:
+        """Return row `index` as [n] int64, or the rows of a list of indices as [b n]."""
+        if self._stream is None:
+            self._stream = np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), "r", shape=(self.tokens,))
+        chosen = np.asarray(index, dtype=np.int64)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= self.rows):
+            raise IndexError(f"row index {index} is outside [0, {self.rows})")
+        within = self._stream[: self.tokens // self.body * self.body].reshape(-1, self.body)
+        rows = torch.from_numpy(within[chosen].astype(np.int64))
+        if self.frame is None:
+            return rows
+        begin, end = self.frame
+        return pad(pad(rows, (1, 0), value=begin), (0, 1), value=end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the mapped file behind, or pickling would copy it whole."""
+        return {**self.__dict__, "_stream": None}
+
+
+class ShuffledOrder:
+    """Which rows each optimizer step trains on: position g of the endless order is row permutation_{g // R}[g mod R].
+
+    Step s takes positions [s·B, (s + 1)·B) of it, whatever ran before and however the batch is divided. The permutation
+    of an epoch depends on (seed, epoch) alone. With R < B a batch wraps around and repeats rows.
+
+    Args:
+        rows: R, rows of the data set.
+        batch_size: B, rows of a global batch.
+        seed: of the order.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> list[int]:
+        """Return the row indices of the global batch of optimizer step `step`, counted from 0."""
+        indices: list[int] = []
+        position = step * self.batch_size
+        while len(indices) < self.batch_size:
+            epoch, inside = divmod(position, self.rows)
+            if epoch != self._epoch:  # kept until the next epoch: 70M rows take seconds to permute
+                order = noise.generator(self.seed, "order", epoch)
+                self._epoch, self._permutation = epoch, torch.randperm(self.rows, generator=order)
+            taken = self._permutation[inside : inside + self.batch_size - len(indices)].tolist()
+            indices += taken
+            position += len(taken)
+        return indices
+
+
+class ShuffledRows(DistributedSampler[list[int]]):
+    """Give this rank's index lists, one for each training call, from the step at which training stands.
+
+    It is a `DistributedSampler` so that Lightning leaves it alone. It has no state: when iteration begins, it asks
+    `step` how many optimizer steps are done and gives the rest of that epoch, so a resumed run goes on in mid-epoch.
+    `len` stays the whole epoch, from which Lightning subtracts what its own progress has counted.
+
+    Args:
+        dataset: the rows.
+        order: which of them each step takes.
+        step: returns the number of optimizer steps done.
+        rank: this process.
+        world_size: number of processes.
+        micro_steps: calls per optimizer step.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedRows,
+        order: ShuffledOrder,
+        step: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+        micro_steps: int = 1,
+    ) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
+        noise.share(order.batch_size, rank, world_size, 0, micro_steps)  # an uneven division is refused at once
+        self.order, self.step, self.micro_steps = order, step, micro_steps
+        self.steps_per_epoch = max(1, len(dataset) // order.batch_size)
+
+    def __len__(self) -> int:
+        """Count the calls of a whole epoch."""
+        return self.steps_per_epoch * self.micro_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Give the index lists of the rest of the epoch."""
+        first = self.step()
+        for step in range(first, (first // self.steps_per_epoch + 1) * self.steps_per_epoch):
+            batch = self.order.batch(step)
+            for micro_step in range(self.micro_steps):
+                yield batch[noise.share(len(batch), self.rank, self.num_replicas, micro_step, self.micro_steps)]
+
+
+class RowsInOrder(DistributedSampler[list[int]]):
+    """Give this rank's index lists for evaluation: every row once, in order.
+
+    The last batch may be smaller; it is divided as `torch.tensor_split` does, so each rank gets equally many lists and
+    some may be empty: a row given twice to fill them would count twice in a metric.
+
+    Args:
+        dataset: the rows.
+        batch_size: rows of a batch over all ranks.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, dataset: PackedRows, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
+        self.rows, self.batch_size = len(dataset), batch_size
+
+    def __len__(self) -> int:
+        """Count the batches, the same on every rank."""
+        return -(-self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Give the index lists from the first row to the last."""
+        for start in range(0, self.rows, self.batch_size):
+            batch = torch.arange(start, min(start + self.batch_size, self.rows))
+            yield batch.tensor_split(self.num_replicas)[self.rank].tolist()

@@ -1,0 +1,280 @@
+"""From noise to latents: time grids and samplers (the paper's §3 and App. C; Euler–Maruyama is the paper's).
+
+In: Gaussian noise [b m d], which is z at t = 1, a denoiser and a schedule. Out: predicted clean latents [b m d].
+
+A `TimeGrid` places the times t_0 = 1 > t_1 > … > t_N = t_min. A `Sampler` calls the denoiser at t_0, …, t_{N−1}, once
+each, feeding every prediction back as the next call's self-condition, and answers with the N-th prediction: what a
+first-order step on to t = 0 would end in. Between two calls the state moves linearly,
+
+    z_s = a z_t + b z0_hat + c z0_hat_before + e eps,   eps ~ N(0, I),
+
+so a solver is nothing but its four weights as functions of the times.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldlm.schedules import NoiseSchedule
+from ldlm.timesteps import TimestepSampler, interpolate
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # z_t [b m d], t [b] float32, self_condition [b m d] -> z0_hat
+
+
+class TimeGrid(abc.ABC):
+    """Where a sampler looks. A subclass writes `place`.
+
+    Args:
+        t_min: the time at which a grid ends, in (0, 1), else ValueError. 0.01 as in TEncDM, by the paper's authors.
+    """
+
+    def __init__(self, t_min: float = 0.01) -> None:
+        if not 0 < t_min < 1:
+            raise ValueError(
+                f"t_min is {t_min}, but a grid runs from t = 1 down to it: give one in (0, 1), such as 0.01"
+            )
+        self.t_min = t_min
+
+    @abc.abstractmethod
+    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+        """Gives nfe + 1 strictly falling times, float64, any device; `times` pins the ends to exactly 1 and t_min."""
+
+    def times(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+        """The times t_0 = 1 > … > t_N = t_min of N = `nfe` denoiser calls: [nfe + 1], float64, on the CPU.
+
+        Raises:
+            ValueError: nfe is below 1.
+        """
+        if nfe < 1:
+            raise ValueError(f"nfe is {nfe}, but it counts calls of the denoiser: give at least 1")
+        times = self.place(nfe, schedule).cpu()
+        times[0], times[-1] = 1, self.t_min
+        return times
+
+
+class UniformGrid(TimeGrid):
+    """Uniform in t."""
+
+    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+        """1 − (1 − t_min) k/N."""
+        return torch.linspace(1, self.t_min, nfe + 1, dtype=torch.float64)
+
+
+class LogSNRGrid(TimeGrid):
+    """Uniform in log-SNR, which is −inf at t = 1: the first step goes to t_max and the others are even from there.
+
+    Args:
+        t_max: the second time of the grid, in (t_min, 1), else ValueError.
+        t_min: the last.
+    """
+
+    def __init__(self, t_max: float = 0.999, t_min: float = 0.01) -> None:
+        super().__init__(t_min)
+        if not t_min < t_max < 1:
+            raise ValueError(
+                f"t_max is {t_max}, but the grid goes from 1 over t_max to t_min = {t_min}: give one between"
+            )
+        self.t_max = t_max
+
+    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+        """1, then the times of N log-SNRs in even steps from t_max to t_min."""
+        last, first = schedule.log_snr(torch.tensor([self.t_min, self.t_max], dtype=torch.float64)).tolist()
+        even = torch.linspace(last, first, nfe, dtype=torch.float64).flip(0)  # counted from t_min: with N = 1 it is all
+        return torch.cat([torch.ones(1, dtype=torch.float64), schedule.time_at(even)])
+
+
+class AdaptedGrid(TimeGrid):
+    """Uniform in the adapted time q of a timestep sampler: every step covers the same rise of the training loss.
+
+    Args:
+        timesteps: whose F; a trained model's `timesteps`.
+        t_min: the last time.
+    """
+
+    def __init__(self, timesteps: TimestepSampler, t_min: float = 0.01) -> None:
+        super().__init__(t_min)
+        self.timesteps = timesteps
+
+    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+        """F⁻¹(q_k), q even from F(1) to F(t_min)."""
+        first, last = self.timesteps.cdf(torch.tensor([1, self.t_min], dtype=torch.float64)).tolist()
+        return self.timesteps.inverse_cdf(torch.linspace(first, last, nfe + 1, dtype=torch.float64))
+
+
+class MixedGrid(TimeGrid):
+    """Quantiles of a mixture: in any stretch of t as many times as `first` and `second` would put there, weighted.
+
+    Args:
+        first: a grid; `AdaptedGrid`, say, which crowds the noise at which a latent is decided.
+        second: another; `LogSNRGrid`, say, which crowds the low noise at which it is refined.
+        weight: the share of steps that follow `first`, in [0, 1], else ValueError.
+    """
+
+    _DENSE = 4096  # steps in which the two grids are compared: four to a step of 1,024 calls
+
+    def __init__(self, first: TimeGrid, second: TimeGrid, weight: float = 0.5) -> None:
+        super().__init__(min(first.t_min, second.t_min))
+        if not 0 <= weight <= 1:
+            raise ValueError(
+                f"weight is {weight}, but it is the share of steps that follow `first`: give one in [0, 1]"
+            )
+        self.first = first
+        self.second = second
+        self.weight = weight
+
+    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+        """G⁻¹(k/N) with G(t) the weighted share of the two grids' steps that lie above t."""
+        share = torch.linspace(1, 0, self._DENSE + 1, dtype=torch.float64)
+        first, second = (grid.times(self._DENSE, schedule).flip(0) for grid in (self.first, self.second))
+        t = torch.cat([first, second]).sort().values
+        g = self.weight * interpolate(t, first, share) + (1 - self.weight) * interpolate(t, second, share)
+        return interpolate(torch.linspace(0, 1, nfe + 1, dtype=torch.float64), g.flip(0), t.flip(0))
+
+
+class StepWeights(NamedTuple):
+    """The weights of z_s = a z_t + b z0_hat + c z0_hat_before + e eps: numbers, or 0-d float64 tensors on the CPU."""
+
+    a: Tensor | float
+    b: Tensor | float
+    c: Tensor | float = 0.0
+    e: Tensor | float = 0.0
+
+
+class Sampler(abc.ABC):
+    """Owns the loop from noise to latents; a subclass writes `step`, the weights of one update."""
+
+    @abc.abstractmethod
+    def step(self, schedule: NoiseSchedule, t: Tensor, s: Tensor, before: Tensor | None) -> StepWeights:
+        """Gives the weights that move the state from time t to s < t (0-d, float64).
+
+        `before` is the time of the previous call, None on the first. At t = 1 alpha is 0, and beta and the log-SNR are
+        infinite; the weights are finite all the same.
+        """
+
+    def table(self, schedule: NoiseSchedule, times: Tensor) -> Tensor:
+        """The weights of the updates t_0 → t_1, …, t_{N−2} → t_{N−1}, which is all there are: [nfe − 1, 4] float64."""
+        t = list(times[:-1])
+        steps = [self.step(schedule, t[k], t[k + 1], t[k - 1] if k else None) for k in range(len(t) - 1)]
+        return torch.tensor([[float(w) for w in weights] for weights in steps], dtype=torch.float64).reshape(-1, 4)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        noise: Tensor,
+        nfe: int,
+        generator: torch.Generator,
+        grid: TimeGrid,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Turns noise into predicted clean latents with exactly `nfe` calls of `denoise`.
+
+        Args:
+            denoise: (z_t [b m d], t [b] float32, self_condition [b m d]) -> z0_hat [b m d], such as a `Denoiser`.
+            schedule: the one the denoiser was trained with.
+            noise: z at t = 1, [b m d]. The state keeps its dtype, float32 at least, whatever `denoise` computes in.
+            nfe: number of calls; below 1 is a ValueError.
+            generator: draws eps, on its own device.
+            grid: where the calls happen.
+            on_step: told after each call how many there have been.
+
+        Returns:
+            The last prediction, [b m d].
+        """
+        times = grid.times(nfe, schedule)
+        table = self.table(schedule, times)
+        stochastic = bool(table[:, 3].any())  # asked on the CPU: nothing below waits for the device
+        z = noise.to(torch.promote_types(noise.dtype, torch.float32))
+        times, table = times.to(z.device, torch.float32), table.to(z)
+        z0_hat = torch.zeros_like(z)
+        for k in range(nfe):
+            before, z0_hat = z0_hat, denoise(z, times[k].expand(len(z)), z0_hat).to(z)
+            if on_step is not None:
+                on_step(k + 1)
+            if k + 1 < nfe:
+                a, b, c, e = table[k]
+                z = a * z + b * z0_hat + c * before
+                if stochastic:
+                    eps = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype)
+                    z = z + e * eps.to(z.device)
+        return z0_hat
+
+
+class EulerMaruyama(Sampler):
+    """The reverse SDE dz = [−½ beta z − beta score] dt + √beta dw, score = −(z − alpha z0_hat)/sigma², dt < 0.
+
+    Args:
+        beta_t_max: beta is taken at min(t, beta_t_max), because it is infinite at t = 1; in (0, 1), else ValueError.
+            0.95 as in TEncDM.
+    """
+
+    def __init__(self, beta_t_max: float = 0.95) -> None:
+        if not 0 < beta_t_max < 1:
+            raise ValueError(
+                f"beta_t_max is {beta_t_max}, but beta is infinite at t = 1: give one in (0, 1), such as 0.95"
+            )
+        self.beta_t_max = beta_t_max
+
+    def step(self, schedule: NoiseSchedule, t: Tensor, s: Tensor, before: Tensor | None) -> StepWeights:
+        """With r = beta (t − s): a = 1 + r (½ − 1/sigma²), b = r alpha/sigma², e = √r."""
+        alpha, sigma, _ = schedule.levels(t)
+        r = schedule.beta(t.clamp(max=self.beta_t_max)) * (t - s)
+        return StepWeights(a=1 + r * (0.5 - 1 / sigma**2), b=r * alpha / sigma**2, e=r.sqrt())
+
+
+class Ancestral(Sampler):
+    """Draws from q(z_s | z_t, z0 = z0_hat), the exact posterior of the forward process."""
+
+    def step(self, schedule: NoiseSchedule, t: Tensor, s: Tensor, before: Tensor | None) -> StepWeights:
+        """With r = 1 − SNR(t)/SNR(s): a = alpha_t sigma_s²/(alpha_s sigma_t²), b = alpha_s r, e = sigma_s √r."""
+        (alpha_t, sigma_t, _), (alpha_s, sigma_s, _) = schedule.levels(t), schedule.levels(s)
+        r = -torch.expm1(schedule.log_snr(t) - schedule.log_snr(s))  # 1 at t = 1
+        return StepWeights(a=alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), b=alpha_s * r, e=sigma_s * r.sqrt())
+
+
+class DDIM(Sampler):
+    """Keeps the predicted noise and replaces a share of it by fresh noise.
+
+    Args:
+        eta: from 0, the deterministic first-order solver, to 1, which is `Ancestral`; else ValueError.
+    """
+
+    def __init__(self, eta: float = 0.0) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}, but it goes from 0 (deterministic) to 1 (ancestral)")
+        self.eta = eta
+
+    def step(self, schedule: NoiseSchedule, t: Tensor, s: Tensor, before: Tensor | None) -> StepWeights:
+        """With r as in `Ancestral`: a = sigma_s/sigma_t √(1 − eta² r), b = alpha_s − a alpha_t, e = eta sigma_s √r."""
+        (alpha_t, sigma_t, _), (alpha_s, sigma_s, _) = schedule.levels(t), schedule.levels(s)
+        r = -torch.expm1(schedule.log_snr(t) - schedule.log_snr(s))
+        a = sigma_s / sigma_t * (1 - self.eta**2 * r).sqrt()
+        return StepWeights(a=a, b=alpha_s - a * alpha_t, e=self.eta * sigma_s * r.sqrt())
+
+
+class DPMSolver2M(Sampler):
+    """DPM-Solver++(2M) in data prediction: `DDIM` with z0_hat extrapolated by half a step of log-SNR.
+
+    The first step is first order, and so is the second, whose previous log-SNR is −inf. Of the usual last step at first
+    order nothing needs to be done: taken on to t = 0 it ends in the prediction, which is the answer.
+
+    Args:
+        eta: from 0, which solves the ODE, to 1, which solves the SDE (SDE-DPM-Solver++(2M)); else ValueError.
+    """
+
+    def __init__(self, eta: float = 0.0) -> None:
+        self.first_order = DDIM(eta)
+        self.eta = eta
+
+    def step(self, schedule: NoiseSchedule, t: Tensor, s: Tensor, before: Tensor | None) -> StepWeights:
+        """DDIM's weights on z0_hat + h/(2 h_before) (z0_hat − z0_hat_before), h the changes of log-SNR."""
+        a, b, _, e = self.first_order.step(schedule, t, s, before)
+        if before is None:
+            return StepWeights(a=a, b=b, e=e)
+        log_snr_s, log_snr_t, log_snr_before = schedule.log_snr(torch.stack([s, t, before]))
+        ahead = (log_snr_s - log_snr_t) / (2 * (log_snr_t - log_snr_before))  # 0 where `before` is t = 1
+        return StepWeights(a=a, b=b * (1 + ahead), c=-b * ahead, e=e)

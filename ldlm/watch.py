@@ -1,0 +1,222 @@
+"""What a person looks at while training: figures, texts, speed, and a look back at the end.
+
+In: a Trainer with a TensorBoard logger (others get the numbers only) and its LDLM. Out: log entries, printed texts.
+Paper: Fig. 5 and 6.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ldlm.callbacks import DiffusionToEncoderWarmup, as_ldlm
+from ldlm.figures import gamma_curve, loss_over_time
+from ldlm.files import write_atomically
+from ldlm.module import LDLM
+
+CURVE_BINS = 20  # held-out rows are few: fewer bins than the timestep sampler's
+
+
+class FigureLogger(L.Callback):
+    """Logs the loss over time (Fig. 5) and the warm-up curve (Fig. 6) after each validation."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(2, CURVE_BINS)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the last validation."""
+        self._sums.zero_()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Tensor,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect the losses of the held-out rows by time; each rank its own."""
+        if outputs is not None:
+            index = (outputs["u"] * CURVE_BINS).long().clamp(max=CURVE_BINS - 1).cpu()
+            loss = outputs["loss"].float().cpu()
+            self._sums.index_add_(1, index, torch.stack([loss, torch.ones_like(loss)]))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log both figures."""
+        writer = tensorboard(trainer)
+        if writer is None or trainer.sanity_checking:
+            return
+        seen = self._sums[1] > 0
+        if seen.any():
+            u = ((torch.arange(CURVE_BINS) + 0.5) / CURVE_BINS)[seen].double()
+            adapted = as_ldlm(pl_module).timesteps.cdf(u.to(pl_module.device)).cpu()
+            loss = (self._sums[0] / self._sums[1])[seen]
+            figure = loss_over_time(u.tolist(), adapted.tolist(), loss.tolist())
+            writer.add_figure("loss over time", figure, trainer.global_step)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, DiffusionToEncoderWarmup) and callback.steps:
+                steps = [round(i * callback.steps * 1.2 / 100) for i in range(101)]
+                figure = gamma_curve(steps, [callback.gamma(step) for step in steps], trainer.global_step)
+                writer.add_figure("warm-up", figure, trainer.global_step)
+
+
+class SampleLogger(L.Callback):
+    """Generates a few texts after each validation, and logs them beside reconstructed held-out rows.
+
+    Args:
+        num_samples: Texts each time.
+        nfe: Calls of the denoiser per text.
+        seed: The same noise each time, so that one sees the same texts change.
+    """
+
+    def __init__(self, num_samples: int = 8, nfe: int = 32, seed: int = 0) -> None:
+        self.num_samples = num_samples
+        self.nfe = nfe
+        self.seed = seed
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rank 0 generates; the others go on."""
+        model = as_ldlm(pl_module)
+        writer = tensorboard(trainer)
+        if writer is None or trainer.sanity_checking or model.tokenizer is None:
+            return
+        with trainer.precision_plugin.forward_context():
+            texts = model.generate(self.num_samples, self.nfe, seed=self.seed, batch_size=self.num_samples)
+        table = "\n".join(["| | generated |", "|---|---|", *(f"| {i} | {cell(t)} |" for i, t in enumerate(texts))])
+        writer.add_text("samples", table, trainer.global_step)
+
+
+class Throughput(L.Callback):
+    """Logs ``train/tokens_per_second`` over all ranks.
+
+    Args:
+        every_n_steps: Optimizer steps over which the speed is averaged.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self._since = (0, 0.0)
+        self._tokens = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since, self._tokens = (trainer.global_step, time.monotonic()), 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Count tokens, and report now and then."""
+        self._tokens += batch.numel() * trainer.world_size
+        step, start = self._since
+        if trainer.global_step - step >= self.every_n_steps:
+            now = time.monotonic()
+            pl_module.log("train/tokens_per_second", self._tokens / (now - start))
+            self._since, self._tokens = (trainer.global_step, now), 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validation does not count."""
+        self._since, self._tokens = (trainer.global_step, time.monotonic()), 0
+
+
+class ShowSamples(L.Callback):
+    """At the end of the fit, prints generated texts beside real ones and the command that generates more.
+
+    Args:
+        num_samples: Texts of each kind.
+        nfe: Calls of the denoiser per text.
+        seed: Of the noise.
+    """
+
+    def __init__(self, num_samples: int = 4, nfe: int = 64, seed: int = 0) -> None:
+        self.num_samples = num_samples
+        self.nfe = nfe
+        self.seed = seed
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rank 0 prints."""
+        model = as_ldlm(pl_module)
+        if trainer.global_rank or model.tokenizer is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with trainer.precision_plugin.forward_context():
+            texts = model.generate(self.num_samples, self.nfe, seed=self.seed, batch_size=self.num_samples)
+        console = Console()
+        table = Table("generated", "real", title=f"after {trainer.global_step} steps", show_lines=True, expand=True)
+        for generated, real in zip(texts, self._real(trainer, model), strict=False):
+            table.add_row(generated, real)
+        console.print(table)
+        best = checkpoint_path(trainer)
+        if best:
+            console.print(f"Generate more:  ldlm generate {best} -n 8 --nfe {self.nfe}", soft_wrap=True, markup=False)
+        writer = tensorboard(trainer)
+        if writer is not None:
+            console.print(f"Look at it:     tensorboard --logdir {writer.log_dir}", soft_wrap=True, markup=False)
+
+    def _real(self, trainer: L.Trainer, model: LDLM) -> list[str]:
+        loaders = trainer.val_dataloaders or trainer.train_dataloader
+        return model.to_text(next(iter(loaders))[: self.num_samples])
+
+
+class ReconstructionWriter(L.Callback):
+    """Writes what ``ldlm predict`` makes: each row's text and its reconstruction, as JSON lines.
+
+    Args:
+        path: File to write; with several ranks each adds its number to the name.
+    """
+
+    def __init__(self, path: str = "reconstructions.jsonl") -> None:
+        self.path = path
+        self._lines: list[str] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Tensor,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect one batch."""
+        model = as_ldlm(pl_module)
+        for text, again in zip(model.to_text(batch), model.to_text(outputs), strict=True):
+            self._lines.append(json.dumps({"text": text, "reconstruction": again}, ensure_ascii=False))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file whole."""
+        path = Path(self.path)
+        if trainer.world_size > 1:
+            path = path.with_stem(f"{path.stem}-{trainer.global_rank}")
+        with write_atomically(path) as file:
+            file.write("".join(line + "\n" for line in self._lines).encode())
+        Console(stderr=True).print(f"{len(self._lines)} rows and their reconstructions are in {path}", markup=False)
+        self._lines = []
+
+
+def tensorboard(trainer: L.Trainer) -> Any:
+    """TensorBoard's writer on rank 0, or None where there is none."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return loggers[0].experiment if loggers and trainer.global_rank == 0 else None
+
+
+def checkpoint_path(trainer: L.Trainer) -> str:
+    """The last checkpoint of the run, or an empty string."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint):
+        return ""
+    path = callback.last_model_path or callback.best_model_path
+    return os.path.relpath(path) if path else ""
+
+
+def cell(text: str) -> str:
+    """A text as one cell of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,64 @@
+"""Generators depend on their key alone; slices of the global batch tile it."""
+
+import hashlib
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ldlm.noise import generator, share
+
+
+def test_a_generators_seed_is_the_blake2b_digest_of_seed_and_key():
+    digest = hashlib.blake2b(b'[7, "noise", 3, 0, 1]', digest_size=8).digest()
+    assert generator(7, "noise", 3, 0, 1).initial_seed() == int.from_bytes(digest, "little")
+
+
+def test_another_process_draws_the_same_numbers():
+    code = (
+        "import torch; from ldlm.noise import generator as g; print(torch.rand(3, generator=g(1, 'order', 2)).tolist())"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert there.strip() == str(torch.rand(3, generator=generator(1, "order", 2)).tolist())
+
+
+def test_every_part_of_the_key_matters_and_so_does_its_type():
+    keys = [
+        (0,),
+        (1,),
+        (0, 1),
+        (0, "1"),
+        (0, 1, 2),
+        (0, 12),
+        (0, "noise", 1, 0),
+        (0, "noise", 0, 1),
+        (0, "order", 1, 0),
+    ]
+    first = {key: tuple(torch.rand(2, generator=generator(*key)).tolist()) for key in keys}
+    assert len(set(first.values())) == len(keys)
+
+
+def test_neighbouring_steps_give_uncorrelated_noise():
+    draws = torch.stack([torch.randn(4096, generator=generator(0, "noise", step)) for step in range(8)])
+    correlation = torch.corrcoef(draws) - torch.eye(8)
+    assert correlation.abs().max() < 5 / 4096**0.5  # five standard errors
+
+
+@pytest.mark.parametrize(("world_size", "micro_steps"), [(1, 1), (2, 3), (4, 2)])
+def test_the_slices_of_all_calls_tile_the_global_batch_micro_step_first(world_size, micro_steps):
+    calls = itertools.product(range(micro_steps), range(world_size))
+    rows = [list(range(48))[share(48, rank, world_size, micro, micro_steps)] for micro, rank in calls]
+    assert list(itertools.chain.from_iterable(rows)) == list(range(48))
+    assert {len(part) for part in rows} == {48 // (world_size * micro_steps)}
+
+
+def test_an_uneven_division_names_its_three_numbers():
+    with pytest.raises(ValueError, match=r"batch_size=10 .* 2 ranks x 3 accumulated batches.* multiple of 6"):
+        share(10, 0, 2, 0, 3)
+
+
+def test_a_rank_outside_the_world_is_refused():
+    with pytest.raises(ValueError, match="rank=2 of world_size=2"):
+        share(8, 2, 2, 0, 1)
