@@ -83,9 +83,7 @@ class PerceiverResamplerEncoder(LatentEncoder):
         self.width = width
         self.layers = layers
         self.heads = heads
-        self.resampler = Resampler(
-            hidden_size, sequence_length, width, self.num_latents, latent_size, layers, heads
-        )
+        self.resampler = Resampler(hidden_size, sequence_length, width, self.num_latents, latent_size, layers, heads)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b n h] -> z0 [b m d]."""
@@ -121,9 +119,7 @@ class PerceiverResamplerDecoder(LatentDecoder):
         self.width = width
         self.layers = layers
         self.heads = heads
-        self.resampler = Resampler(
-            latent_size, self.num_latents, width, sequence_length, hidden_size, layers, heads
-        )
+        self.resampler = Resampler(latent_size, self.num_latents, width, sequence_length, hidden_size, layers, heads)
 
     def forward(self, z: Tensor) -> Tensor:
         """[b m d] -> [b n h]."""

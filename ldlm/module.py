@@ -442,7 +442,7 @@ class LDLM(L.LightningModule):
         for batch, start in enumerate(range(0, num_samples, batch_size)):
             source = generator(seed, "generate", batch, device=self.device)
             noise = torch.randn(shape, generator=source, device=self.device)
-            z0_hat = solver.sample(denoise, self.schedule, noise, nfe, source, times, on_step)
+            z0_hat = solver.sample(denoise, self.schedule, noise, nfe, source, times, self.timesteps, on_step)
             yield self.decode(z0_hat, temperature, source)[: num_samples - start]
 
     def sample_tokens(
@@ -456,9 +456,7 @@ class LDLM(L.LightningModule):
         temperature: float = 0.0,
     ) -> Tensor:
         """Generated token ids [num_samples n]; arguments as in `sample_batches`."""
-        return torch.cat(
-            list(self.sample_batches(num_samples, nfe, sampler, grid, seed, batch_size, temperature))
-        )
+        return torch.cat(list(self.sample_batches(num_samples, nfe, sampler, grid, seed, batch_size, temperature)))
 
     def generate(
         self,
@@ -560,7 +558,9 @@ class LDLM(L.LightningModule):
         try:
             state = load_file(folder / "model.safetensors")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder}/model.safetensors could not be read ({error}): export the model again") from error
+            raise ValueError(
+                f"{folder}/model.safetensors could not be read ({error}): export the model again"
+            ) from error
         with_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(folder) if with_tokenizer else None
         return cls._rebuilt(about, state, tokenizer, str(folder), map_location)

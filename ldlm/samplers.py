@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldlm.schedules import NoiseSchedule
-from ldlm.timesteps import TimestepSampler, interpolate
+from ldlm.timesteps import TimestepSampler, UniformTimesteps, interpolate
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # z_t [b m d], t [b] float32, self_condition [b m d] -> z0_hat
 
@@ -39,18 +39,20 @@ class TimeGrid(abc.ABC):
         self.t_min = t_min
 
     @abc.abstractmethod
-    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+    def place(self, nfe: int, schedule: NoiseSchedule, timesteps: TimestepSampler) -> Tensor:
         """Gives nfe + 1 strictly falling times, float64, any device; `times` pins the ends to exactly 1 and t_min."""
 
-    def times(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+    def times(self, nfe: int, schedule: NoiseSchedule, timesteps: TimestepSampler | None = None) -> Tensor:
         """The times t_0 = 1 > … > t_N = t_min of N = `nfe` denoiser calls: [nfe + 1], float64, on the CPU.
+
+        `timesteps` is whose adapted time an `AdaptedGrid` follows; None stands for F(u) = u.
 
         Raises:
             ValueError: nfe is below 1.
         """
         if nfe < 1:
             raise ValueError(f"nfe is {nfe}, but it counts calls of the denoiser: give at least 1")
-        times = self.place(nfe, schedule).cpu()
+        times = self.place(nfe, schedule, timesteps or UniformTimesteps()).cpu()
         times[0], times[-1] = 1, self.t_min
         return times
 
@@ -58,7 +60,7 @@ class TimeGrid(abc.ABC):
 class UniformGrid(TimeGrid):
     """Uniform in t."""
 
-    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+    def place(self, nfe: int, schedule: NoiseSchedule, timesteps: TimestepSampler) -> Tensor:
         """1 − (1 − t_min) k/N."""
         return torch.linspace(1, self.t_min, nfe + 1, dtype=torch.float64)
 
@@ -79,7 +81,7 @@ class LogSNRGrid(TimeGrid):
             )
         self.t_max = t_max
 
-    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+    def place(self, nfe: int, schedule: NoiseSchedule, timesteps: TimestepSampler) -> Tensor:
         """1, then the times of N log-SNRs in even steps from t_max to t_min."""
         last, first = schedule.log_snr(torch.tensor([self.t_min, self.t_max], dtype=torch.float64)).tolist()
         even = torch.linspace(last, first, nfe, dtype=torch.float64).flip(0)  # counted from t_min: with N = 1 it is all
@@ -87,21 +89,13 @@ class LogSNRGrid(TimeGrid):
 
 
 class AdaptedGrid(TimeGrid):
-    """Uniform in the adapted time q of a timestep sampler: every step covers the same rise of the training loss.
+    """Uniform in the adapted time q of the model's timestep sampler: each step covers the same rise of its loss."""
 
-    Args:
-        timesteps: whose F; a trained model's `timesteps`.
-        t_min: the last time.
-    """
-
-    def __init__(self, timesteps: TimestepSampler, t_min: float = 0.01) -> None:
-        super().__init__(t_min)
-        self.timesteps = timesteps
-
-    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+    def place(self, nfe: int, schedule: NoiseSchedule, timesteps: TimestepSampler) -> Tensor:
         """F⁻¹(q_k), q even from F(1) to F(t_min)."""
-        first, last = self.timesteps.cdf(torch.tensor([1, self.t_min], dtype=torch.float64)).tolist()
-        return self.timesteps.inverse_cdf(torch.linspace(first, last, nfe + 1, dtype=torch.float64))
+        ends = torch.tensor([1, self.t_min], dtype=torch.float64)
+        first, last = timesteps.cdf(ends).tolist()
+        return timesteps.inverse_cdf(torch.linspace(first, last, nfe + 1, dtype=torch.float64))
 
 
 class MixedGrid(TimeGrid):
@@ -125,10 +119,10 @@ class MixedGrid(TimeGrid):
         self.second = second
         self.weight = weight
 
-    def place(self, nfe: int, schedule: NoiseSchedule) -> Tensor:
+    def place(self, nfe: int, schedule: NoiseSchedule, timesteps: TimestepSampler) -> Tensor:
         """G⁻¹(k/N) with G(t) the weighted share of the two grids' steps that lie above t."""
         share = torch.linspace(1, 0, self._DENSE + 1, dtype=torch.float64)
-        first, second = (grid.times(self._DENSE, schedule).flip(0) for grid in (self.first, self.second))
+        first, second = (grid.times(self._DENSE, schedule, timesteps).flip(0) for grid in (self.first, self.second))
         t = torch.cat([first, second]).sort().values
         g = self.weight * interpolate(t, first, share) + (1 - self.weight) * interpolate(t, second, share)
         return interpolate(torch.linspace(0, 1, nfe + 1, dtype=torch.float64), g.flip(0), t.flip(0))
@@ -169,6 +163,7 @@ class Sampler(abc.ABC):
         nfe: int,
         generator: torch.Generator,
         grid: TimeGrid,
+        timesteps: TimestepSampler | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Turns noise into predicted clean latents with exactly `nfe` calls of `denoise`.
@@ -180,12 +175,13 @@ class Sampler(abc.ABC):
             nfe: number of calls; below 1 is a ValueError.
             generator: draws eps, on its own device.
             grid: where the calls happen.
+            timesteps: whose adapted time an `AdaptedGrid` follows; None stands for F(u) = u.
             on_step: told after each call how many there have been.
 
         Returns:
             The last prediction, [b m d].
         """
-        times = grid.times(nfe, schedule)
+        times = grid.times(nfe, schedule, timesteps)
         table = self.table(schedule, times)
         stochastic = bool(table[:, 3].any())  # asked on the CPU: nothing below waits for the device
         z = noise.to(torch.promote_types(noise.dtype, torch.float32))

@@ -200,7 +200,7 @@ def test_a_run_resumed_in_mid_epoch_sees_exactly_the_rest(module, tmp_path, num_
 def test_two_ranks_together_see_what_one_rank_sees(module, tmp_path):
     data = module()
     alone, held_out = data.train_dataset, data.validation_dataset
-    ranks = dict(devices=2, strategy="ddp_spawn", accumulate_grad_batches=2)
+    ranks = {"devices": 2, "strategy": "ddp_spawn", "accumulate_grad_batches": 2}
     trainer(tmp_path, max_steps=3, val_check_interval=6, **ranks).fit(Recorder(tmp_path), module())
     calls = [seen(tmp_path, rank=rank) for rank in range(2)]
     for step in range(3):

@@ -21,7 +21,7 @@ from ldlm.samplers import (
     UniformGrid,
 )
 from ldlm.schedules import CosineSchedule, NoiseSchedule, TangentSchedule
-from ldlm.timesteps import AdaptiveTimesteps, UniformTimesteps
+from ldlm.timesteps import AdaptiveTimesteps
 
 MU, S = 0.7, 0.5  # of the Gaussian data
 SCHEDULE = TangentSchedule(3.0)
@@ -41,12 +41,12 @@ def adapted(power: int = 4) -> AdaptiveTimesteps:
     return timesteps
 
 
+ADAPTED = adapted()  # the timesteps whose adapted time every grid is offered
 GRIDS = [
     UniformGrid(),
     LogSNRGrid(),
-    AdaptedGrid(UniformTimesteps()),
-    AdaptedGrid(adapted()),
-    MixedGrid(AdaptedGrid(adapted()), LogSNRGrid()),
+    AdaptedGrid(),
+    MixedGrid(AdaptedGrid(), LogSNRGrid()),
     MixedGrid(UniformGrid(), UniformGrid(), weight=0.3),
     MixedGrid(UniformGrid(t_min=0.2), LogSNRGrid(t_min=0.01), weight=0.9),
 ]
@@ -85,12 +85,12 @@ def propagate(sampler: Sampler, schedule: NoiseSchedule, times: Tensor) -> tuple
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("grid", [UniformGrid(), MixedGrid(AdaptedGrid(adapted()), LogSNRGrid())])
+@pytest.mark.parametrize("grid", [UniformGrid(), MixedGrid(AdaptedGrid(), LogSNRGrid())])
 def test_samples_of_gaussian_data_have_the_mean_and_variance_of_the_posterior_mean_at_the_last_time(sampler, grid):
     nfe, rows = 800, 4000
     noise = torch.randn(rows, 1, 2, generator=generator(1), dtype=torch.float64)
-    z0_hat = sampler.sample(posterior_mean, SCHEDULE, noise, nfe, generator(2), grid)
-    times = grid.times(nfe, SCHEDULE)
+    z0_hat = sampler.sample(posterior_mean, SCHEDULE, noise, nfe, generator(2), grid, ADAPTED)
+    times = grid.times(nfe, SCHEDULE, ADAPTED)
     k = slope(SCHEDULE, times[-2]).item()
     variance = k**2 * marginal(SCHEDULE, times[-2]).item()
     spread = math.sqrt(variance / z0_hat.numel())
@@ -178,7 +178,7 @@ def test_the_ancestral_step_is_gaussian_conditioning(t, s):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_ddim_with_eta_1_is_ancestral(grid):
-    times = grid.times(30, SCHEDULE)
+    times = grid.times(30, SCHEDULE, ADAPTED)
     torch.testing.assert_close(DDIM(1.0).table(SCHEDULE, times), Ancestral().table(SCHEDULE, times), rtol=0, atol=1e-12)
 
 
@@ -224,7 +224,7 @@ def test_the_euler_maruyama_step_is_the_reverse_sde_written_out():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_all_weights_are_finite_from_pure_noise_on(sampler, grid):
     for nfe in (1, 2, 3, 50):
-        table = sampler.table(SCHEDULE, grid.times(nfe, SCHEDULE))
+        table = sampler.table(SCHEDULE, grid.times(nfe, SCHEDULE, ADAPTED))
         assert table.shape == (nfe - 1, 4)
         assert table.isfinite().all()
 
@@ -304,7 +304,7 @@ def test_nothing_in_the_loop_waits_for_the_device():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_grid_falls_strictly_from_exactly_1_to_exactly_t_min(grid: TimeGrid):
     for nfe in (*range(1, 40), 100, 333, 1024):
-        times = grid.times(nfe, SCHEDULE)
+        times = grid.times(nfe, SCHEDULE, ADAPTED)
         assert times.shape == (nfe + 1,)
         assert times.dtype == torch.float64
         assert (times[0], times[-1]) == (1, grid.t_min)
@@ -321,7 +321,7 @@ def test_the_log_snr_grid_is_even_in_log_snr_after_its_first_step():
 
 def test_the_adapted_grid_is_even_in_the_adapted_time():
     # F(u) = u⁴ but for the floor and the width of a bin, so the grid is the fourth root of an even one
-    times = AdaptedGrid(adapted(4), t_min=0.3).times(10, SCHEDULE)
+    times = AdaptedGrid(t_min=0.3).times(10, SCHEDULE, adapted(4))
     want = torch.linspace(1, 0.3**4, 11, dtype=torch.float64) ** 0.25
     torch.testing.assert_close(times, want, rtol=0, atol=4e-3)
 
@@ -329,9 +329,9 @@ def test_the_adapted_grid_is_even_in_the_adapted_time():
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 def test_a_mixed_grid_has_as_many_times_in_a_stretch_as_its_two_grids_weighted(weight):
     first, second = UniformGrid(), LogSNRGrid()
-    mixed = MixedGrid(first, second, weight).times(1000, SCHEDULE)
+    mixed = MixedGrid(first, second, weight).times(1000, SCHEDULE, ADAPTED)
     for low in (0.05, 0.3, 0.7, 0.95):
-        counts = [(grid.times(1000, SCHEDULE) > low).sum().item() for grid in (first, second)]
+        counts = [(grid.times(1000, SCHEDULE, ADAPTED) > low).sum().item() for grid in (first, second)]
         assert (mixed > low).sum().item() == pytest.approx(weight * counts[0] + (1 - weight) * counts[1], abs=2)
 
 
@@ -374,9 +374,9 @@ def test_2m_on_the_mixed_grid_needs_16_calls_for_token_like_latents():
         timesteps.synchronize()
     timesteps.refresh()
     noise = torch.randn(2048, 1, 16, generator=generator(1))
-    mixed = MixedGrid(AdaptedGrid(timesteps), LogSNRGrid())
-    good = DPMSolver2M().sample(codebook, SCHEDULE, noise, 16, generator(), mixed)
-    bad = DPMSolver2M().sample(codebook, SCHEDULE, noise, 16, generator(), AdaptedGrid(timesteps))
+    mixed = MixedGrid(AdaptedGrid(), LogSNRGrid())
+    good = DPMSolver2M().sample(codebook, SCHEDULE, noise, 16, generator(), mixed, timesteps)
+    bad = DPMSolver2M().sample(codebook, SCHEDULE, noise, 16, generator(), AdaptedGrid(), timesteps)
     assert codebook.invalid(good) < 0.01
     assert codebook.invalid(bad) > 0.1  # the training density alone leaves no calls for the low noise
 
@@ -385,7 +385,7 @@ def test_2m_on_the_mixed_grid_needs_16_calls_for_token_like_latents():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_less_than_one_call_is_refused(grid, nfe):
     with pytest.raises(ValueError, match=f"nfe is {nfe}, "):
-        Ancestral().sample(posterior_mean, SCHEDULE, torch.zeros(1, 1, 1), nfe, generator(), grid)
+        Ancestral().sample(posterior_mean, SCHEDULE, torch.zeros(1, 1, 1), nfe, generator(), grid, ADAPTED)
 
 
 @pytest.mark.parametrize(
