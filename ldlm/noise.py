@@ -62,5 +62,5 @@ def share(rows: int, rank: int, world_size: int, micro_step: int, micro_steps: i
             f"accumulated batches; make batch_size a multiple of {calls}"
         )
     size = rows // calls
-    start = (rank * micro_steps + micro_step) * size
+    start = (micro_step * world_size + rank) * size
     return slice(start, start + size)
