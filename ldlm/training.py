@@ -1,0 +1,209 @@
+"""``ldlm fit | validate | test | predict``: LightningCLI with named recipes, shared options and short errors.
+
+In: words from a shell. Out: a Trainer's run.
+No section of the paper.
+
+``--sequence_length``, ``--num_latents``, ``--tokenizer`` and ``--seed_everything`` are given once and reach the data, the
+model and every part that has such an argument. ``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take the model
+from the checkpoint, whatever a recipe says of it.
+"""
+
+import logging
+import os
+import re
+import sys
+import tempfile
+import warnings
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# Imported so that their classes can be named in YAML without a path.
+from ldlm import __version__, callbacks, decoders, denoiser, encoders, latents, samplers, schedules, timesteps, watch
+from ldlm.checkpoints import read_checkpoint, unpack_tokenizer
+from ldlm.cli import CONFIGS, Fault, fail, nearest, preset_names
+from ldlm.data import PackedTextDataModule, load_tokenizer
+from ldlm.module import LDLM
+from ldlm.packing import tokenizer_digest
+
+ROOMS = (callbacks, decoders, denoiser, encoders, latents, samplers, schedules, timesteps, watch)
+KEYWORDS = ("best", "last", "hpc", "registry")  # values of --ckpt_path that Lightning looks up itself
+
+
+def find_recipe(name: str) -> str:
+    """The path of a config file, or of the shipped recipe of that name.
+
+    Raises:
+        Fault: If there is neither.
+    """
+    if os.path.isfile(name):
+        return name
+    if name in preset_names():
+        return str(CONFIGS / f"{name}.yaml")
+    raise Fault(f"--config {name}: there is no such file and no such recipe{nearest(name, preset_names())}")
+
+
+class NamedConfig(ActionConfigFile):
+    """``--config`` that knows the shipped recipes by name."""
+
+    @staticmethod
+    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str, *rest: Any) -> None:
+        """Resolve the name, then as usual."""
+        ActionConfigFile.apply_config(parser, cfg, dest, find_recipe(value), *rest)
+
+
+class ShortErrors(LightningArgumentParser):
+    """A parser that says what is wrong in one sentence, with the nearest known name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Exit with status 2."""
+        fail(explain(message, [option for action in self._actions for option in action.option_strings]))
+
+
+def explain(message: str, options: list[str]) -> str:
+    """jsonargparse's message without its layers of context, and with the nearest option or class."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    text = " ".join(lines)
+    if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", text):
+        return f"there is no option {found[1]}{nearest(found[1], options)}"
+    if found := re.search(r"Option '([\w.]+)' is not accepted", text):
+        leaves = sorted({option.lstrip("-").rpartition(".")[2] for option in options})
+        return f"{text}{nearest(found[1].rpartition('.')[2], leaves)}"
+    if found := re.search(r"(?:Unexpected import path format:|No module named|Import path|class_path) ?'?([\w.]+)'?", text):
+        classes = [name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)]
+        return f"{text}{nearest(found[1].rpartition('.')[2], sorted(set(classes)))}"
+    return text
+
+
+class LDLMCLI(LightningCLI):
+    """LightningCLI for one model class and one data module.
+
+    Args:
+        words: The command and its options.
+        checkpoint: Of ``validate``, ``test`` and ``predict``: the file the model is taken from.
+    """
+
+    def __init__(self, words: list[str], checkpoint: str | None) -> None:
+        self.checkpoint = checkpoint
+        self.stored: LDLM | None = None
+        self.tokenizer_folder = tempfile.TemporaryDirectory()
+        if checkpoint is not None:
+            self.stored = LDLM.load_from_checkpoint(checkpoint)
+            if self.stored.tokenizer is not None:
+                self.stored.tokenizer.save_pretrained(self.tokenizer_folder.name)
+        super().__init__(
+            LDLM,
+            PackedTextDataModule,
+            args=words,
+            parser_class=ShortErrors,
+            parser_kwargs={"version": f"ldlm {__version__}"},
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={},
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose ``--config`` takes names."""
+        parser = ShortErrors(dump_header=[f"ldlm=={__version__}"], **kwargs)
+        parser.add_argument("-c", "--config", action=NamedConfig, help="a recipe's name (ldlm presets) or a file")
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Trainer, model and data; with a checkpoint, the recipe's model is read past."""
+        if self.stored is None:
+            super().add_core_arguments_to_parser(parser)
+            return
+        model, self._model_class = self._model_class, None
+        super().add_core_arguments_to_parser(parser)
+        self._model_class = model
+        parser.add_argument("--model", type=dict, default=None, help="not used: the checkpoint describes its model")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The options that several things share."""
+        stored = self.stored
+        length = stored.sequence_length if stored is not None else 128
+        tokenizer = self.tokenizer_folder.name if stored is not None else "gpt2"
+        parser.add_argument("--sequence_length", type=int, default=length, help="tokens a row, for data and model")
+        parser.add_argument("--tokenizer", type=str, default=tokenizer, help="hub id, folder or package:NAME/folder")
+        parser.link_arguments("sequence_length", "data.sequence_length")
+        parser.link_arguments("tokenizer", "data.tokenizer")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        if stored is not None:
+            return
+        parser.add_argument(
+            "--num_latents", type=int | None, default=None, help="latent vectors a row (default: sequence_length)"
+        )
+        parser.link_arguments("sequence_length", "model.sequence_length")
+        parser.link_arguments("tokenizer", "model.tokenizer")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        for part in ("latent_encoder", "latent_decoder"):
+            parser.link_arguments("sequence_length", f"model.{part}.init_args.sequence_length")
+        for part in ("latent_encoder", "latent_decoder", "denoiser"):
+            parser.link_arguments(
+                ("num_latents", "sequence_length"),
+                f"model.{part}.init_args.num_latents",
+                compute_fn=lambda latents, tokens: latents or tokens,
+            )
+
+    def instantiate_classes(self) -> None:
+        """Take the model from the checkpoint where there is one, and compare what was given with what it holds."""
+        super().instantiate_classes()
+        if self.stored is None:
+            return
+        given, stored = self.datamodule, self.stored
+        if given.sequence_length != stored.sequence_length:
+            raise Fault(
+                f"--sequence_length {given.sequence_length}: {self.checkpoint} was trained with "
+                f"{stored.sequence_length} tokens a row; leave the option out"
+            )
+        if stored.tokenizer is not None:
+            theirs = load_tokenizer(given.tokenizer)
+            if tokenizer_digest(theirs) != tokenizer_digest(stored.tokenizer):
+                raise Fault(
+                    f"--tokenizer {given.tokenizer}: {self.checkpoint} was trained with another one, "
+                    f"{stored.tokenizer.name_or_path}; leave the option out"
+                )
+        self.model = stored
+
+
+def run(words: list[str]) -> None:
+    """Run one of Lightning's commands.
+
+    Raises:
+        Fault: If something is wrong that the user can mend.
+    """
+    quiet()
+    checkpoint = value_of("--ckpt_path", words)
+    if checkpoint not in (None, *KEYWORDS):
+        read_checkpoint(str(checkpoint))  # before anybody else opens it
+    from_checkpoint = words[0] != "fit" and checkpoint is not None and checkpoint not in KEYWORDS
+    try:
+        LDLMCLI(words, checkpoint if from_checkpoint else None)
+    except MisconfigurationException as error:
+        raise Fault(str(error)) from error
+
+
+def value_of(option: str, words: list[str]) -> str | None:
+    """The last value given for an option, as ``--option value`` or ``--option=value``."""
+    value = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == option:
+            value = following
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def quiet() -> None:
+    """Keep other libraries' chatter off the terminal; their warnings about this run stay."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip" not in r.getMessage())
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
