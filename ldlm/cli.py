@@ -20,7 +20,7 @@ from ldlm import __version__
 
 LIGHTNING = {
     "fit": "train a model: ldlm fit --config quickstart",
-    "validate": "measure losses and reconstruction on held-out rows: ldlm validate --ckpt_path CKPT --data.dataset FILE",
+    "validate": "measure losses and reconstruction: ldlm validate --ckpt_path CKPT --data.dataset FILE",
     "test": "the same on the test rows",
     "predict": "write held-out rows beside their reconstructions, as JSON lines",
 }
@@ -163,7 +163,7 @@ def generate(words: Sequence[str]) -> None:
     if options.temperature < 0:
         raise Fault(f"--temperature {options.temperature} must be 0 (argmax) or more")
 
-    from ldlm.generation import write_texts
+    from ldlm.texts import write_texts
 
     write_texts(
         options.checkpoint,

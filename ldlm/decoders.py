@@ -63,7 +63,7 @@ class TokenDecoder(nn.Module, abc.ABC):
             return self._nats(features, targets) / len(targets)
         # Checkpointing makes each chunk's logits again in the backward pass, so that no two chunks' logits coexist.
         # F.linear_cross_entropy also chunks, but in bfloat16 its loss itself is rounded to bfloat16.
-        pairs = zip(features.split(CHUNK), targets.split(CHUNK), strict=True)
+        pairs = zip(torch.split(features, CHUNK), torch.split(targets, CHUNK), strict=True)
         sums = [checkpoint(self._nats, part, target, use_reentrant=False) for part, target in pairs]
         return torch.stack(sums).sum() / len(targets)
 
@@ -74,7 +74,7 @@ class TokenDecoder(nn.Module, abc.ABC):
     def predict(self, hidden: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
         """Token ids [b n]: the argmax, or a draw from softmax(logits / temperature), in chunks of positions."""
         ids = []
-        for features in self.features(hidden).flatten(0, 1).split(CHUNK):
+        for features in torch.split(self.features(hidden).flatten(0, 1), CHUNK):
             logits = self.head(features).float()
             if temperature > 0:
                 probabilities = F.softmax(logits / temperature, dim=-1)

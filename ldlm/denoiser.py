@@ -8,6 +8,7 @@ Paper: section 4.2, App. C (12-layer DiT, 132M parameters at d = 768).
 import abc
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldlm.layers import ModulatedBlock, TimeEmbedding, check_heads, initialise, sinusoids
@@ -59,27 +60,25 @@ class DiT(Denoiser):
         self.positions = nn.Parameter(sinusoids(torch.arange(num_latents), width))
         self.time = TimeEmbedding(width)
         self.blocks = nn.ModuleList(ModulatedBlock(width, heads) for _ in range(layers))
+        # Modulations depend on t alone; standing apart, they can be computed once for all steps of a sampler.
+        self.modulators = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(layers))
+        self.final_modulator = nn.Linear(width, 2 * width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.final_modulate = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, latent_size)
         self.apply(initialise)
         # AdaLN-zero: every block starts as the identity and the network as the prediction 0, the mean of the prior.
-        for linear in [*(block.modulate for block in self.blocks), self.final_modulate, self.output]:
-            nn.init.zeros_(linear.weight)
+        for linear in [*self.modulators, self.final_modulator, self.output]:
+            nn.init.zeros_(linear.get_parameter("weight"))
 
     def modulations(self, t: Tensor) -> list[Tensor]:
-        """Times [b] -> the modulation of each block [b 6·width] and of the last norm [b 2·width].
-
-        They depend on t alone, so a sampler may compute them for all its times at once.
-        """
-        condition = self.time(t)
-        last = self.final_modulate(nn.functional.silu(condition))
-        return [*(block.modulation(condition) for block in self.blocks), last]
+        """Times [b] -> the modulation of each block [b 6·width] and of the last norm [b 2·width]."""
+        condition = F.silu(self.time(t))
+        return [modulator(condition) for modulator in [*self.modulators, self.final_modulator]]
 
     def denoise(self, z_t: Tensor, self_condition: Tensor, modulations: list[Tensor]) -> Tensor:
         """The network given its modulations: [b m d], [b m d] -> z0_hat [b m d]."""
         x = self.input(torch.cat([z_t, self_condition], dim=-1)) + self.positions
-        for block, modulation in zip(self.blocks, modulations[:-1], strict=True):
+        for block, modulation in zip(self.blocks, modulations, strict=False):
             x = block(x, modulation)
         shift, scale = modulations[-1].unsqueeze(1).chunk(2, dim=-1)
         out: Tensor = self.output(self.norm(x) * (1 + scale) + shift)

@@ -10,9 +10,9 @@ They are read on the first call, checked against their SHA-256, and follow the m
 
 import abc
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,14 +118,14 @@ class FrozenTokenEncoder(TokenEncoder):
         self.sha256 = sha256
         self.dtype = dtype
         # In a list, so that nn.Module does not register it: it must be in no state_dict and no parameters().
-        self._frozen: list[nn.Module] = []
+        self._frozen: list[PreTrainedModel] = []
 
     @abc.abstractmethod
-    def prepare(self, full: PreTrainedModel) -> nn.Module:
-        """The full pre-trained model -> the module that is called, which may share or drop its parts."""
+    def prepare(self, full: PreTrainedModel) -> None:
+        """Cut the full pre-trained model down, in place, to what is needed."""
 
-    def frozen(self) -> nn.Module:
-        """The prepared module, read and verified now if it has not been."""
+    def frozen(self) -> Any:
+        """The model on this module's device, read and verified now if it has not been."""
         if not self._frozen:
             folder = local_folder(self.model, self.revision, "*.json", "*.safetensors")
             digest = weights_digest(folder)
@@ -139,15 +139,9 @@ class FrozenTokenEncoder(TokenEncoder):
                 self.revision = folder.name
             full = AutoModel.from_pretrained(folder, dtype=DTYPES[self.dtype], use_safetensors=True)
             full.config.use_cache = False
-            self._frozen.append(self.prepare(full.requires_grad_(False).eval()).to(self.mean.device))
-        return self._frozen[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Frozen weights follow the module from device to device."""
-        super()._apply(fn, recurse)
-        for module in self._frozen:
-            module._apply(fn)
-        return self
+            self.prepare(full.requires_grad_(False).eval())
+            self._frozen.append(full)
+        return self._frozen[0].to(self.mean.device)
 
 
 def local_folder(model: str, revision: str | None, *patterns: str) -> Path:
@@ -219,7 +213,7 @@ class PretrainedTokenEncoder(FrozenTokenEncoder):
         table: Tensor = self.frozen().get_input_embeddings().weight
         return table
 
-    def prepare(self, full: PreTrainedModel) -> nn.Module:
+    def prepare(self, full: PreTrainedModel) -> None:
         """Drop the blocks above ``layer`` and the norm after them, and check that the hidden states stay the same."""
         layers = full.config.num_hidden_layers
         blocks = count_blocks(self.layer, layers)
@@ -240,7 +234,6 @@ class PretrainedTokenEncoder(FrozenTokenEncoder):
                     f"model={self.model!r} could not be cut at layer={self.layer}: its first {blocks} blocks alone do "
                     "not give the hidden states of that index; use layer=-1, or write a TokenEncoder for this family"
                 )
-        return full
 
 
 def count_blocks(layer: int, num_layers: int) -> int:
@@ -284,18 +277,16 @@ class ShallowTokenEncoder(FrozenTokenEncoder):
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """[b n] -> [b n h]."""
-        hidden: Tensor = self.frozen()(tokens)
+        hidden: Tensor = self.frozen().get_input_embeddings()(tokens)
         return hidden
 
     def embeddings(self) -> Tensor:
         """The table itself [v h]."""
-        table: Tensor = self.frozen().weight
+        table: Tensor = self.frozen().get_input_embeddings().weight
         return table
 
-    def prepare(self, full: PreTrainedModel) -> nn.Module:
-        """The embedding table alone."""
-        table: nn.Module = full.get_input_embeddings()
-        return table
+    def prepare(self, full: PreTrainedModel) -> None:
+        """Nothing is cut: the other weights are read, and never run."""
 
 
 class EmbeddingTokenEncoder(TokenEncoder):
@@ -317,4 +308,5 @@ class EmbeddingTokenEncoder(TokenEncoder):
 
     def embeddings(self) -> Tensor:
         """The table itself [v h]."""
-        return self.table.weight
+        table: Tensor = self.table.weight
+        return table

@@ -1,101 +1,105 @@
-"""What ``ldlm generate`` does: texts from noise, streamed to the terminal or to a file.
+"""Generation: from noise to tokens and texts.
 
-In: a checkpoint, an exported folder or a hub id. Out: texts on standard output, or JSON lines in a file.
-Paper: section 4.3 (sampling) and App. C: neither token encoder nor latent encoder is used.
+In: how many texts, with how many calls of the denoiser. Out: token ids [b n], or texts.
+Paper: section 4.3 (sampling; no noise is added before decoding), App. C: neither token encoder nor latent encoder runs.
 """
 
-import difflib
-import json
-import logging
-from contextlib import ExitStack
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from ldlm import samplers
-from ldlm.checkpoints import build
-from ldlm.files import write_atomically
-from ldlm.module import LDLM
-
-
-def load(source: str) -> LDLM:
-    """A model from a ``.ckpt`` file, an exported folder or a hub id."""
-    if source.endswith(".ckpt") or Path(source).is_file():
-        return LDLM.load_from_checkpoint(source)
-    return LDLM.from_pretrained(source)
+from ldlm.noise import generator
+from ldlm.objective import JointObjective
+from ldlm.samplers import Sampler, TimeGrid
 
 
-def named(name: str | None, kind: type) -> samplers.Sampler | samplers.TimeGrid | None:
-    """A sampler or grid by the name of its class, with its defaults.
+class Generation(JointObjective):
+    """Sampling, in terms of parts that `LDLM`'s constructor puts in place."""
 
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    if name is None:
-        return None
-    known = [c.__name__ for c in vars(samplers).values() if isinstance(c, type) and issubclass(c, kind) and c != kind]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"there is no {kind.__name__} {name!r}" + (f"; did you mean {close[0]}?" if close else
-                         f"; there are {', '.join(known)}"))
-    return build({"class_path": f"ldlm.samplers.{name}", "init_args": {}})  # type: ignore[no-any-return]
+    sampler: Sampler
+    grid: TimeGrid
+    tokenizer: PreTrainedTokenizerBase | None
 
+    @torch.no_grad()
+    def sample_batches(
+        self,
+        num_samples: int,
+        nfe: int = 128,
+        sampler: Sampler | None = None,
+        grid: TimeGrid | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        temperature: float = 0.0,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Generated token ids, batch by batch: [batch_size n], the last one cut to what is missing.
 
-def write_texts(
-    source: str,
-    num_samples: int,
-    nfe: int,
-    seed: int,
-    batch_size: int,
-    temperature: float,
-    sampler: str | None,
-    grid: str | None,
-    output: str | None,
-    device: str | None,
-    bf16: bool,
-) -> None:
-    """Generate texts and write each batch as soon as it is there.
+        Args:
+            num_samples: Texts over all batches.
+            nfe: Calls of the denoiser per text.
+            sampler: Solver; None takes the model's.
+            grid: Time grid; None takes the model's.
+            seed: The same seed and batch size give the same texts, and the first k do not depend on ``num_samples``.
+            batch_size: Rows sampled together. Every batch is computed at this size.
+            temperature: Of the last choice of tokens; 0 is the argmax.
+            on_step: Called with 1 ... nfe within each batch.
 
-    Args:
-        source: Checkpoint, exported folder or hub id.
-        num_samples: Texts.
-        nfe: Calls of the denoiser per text.
-        seed: Of the noise.
-        batch_size: Rows sampled together.
-        temperature: Of the choice of tokens.
-        sampler: Class in `ldlm.samplers`; None takes the model's.
-        grid: Likewise.
-        output: File of JSON lines; None prints. The file appears when it is complete.
-        device: Torch device; None takes a GPU if there is one.
-        bf16: Whether to compute in bfloat16 autocast.
-    """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    solver, times = named(sampler, samplers.Sampler), named(grid, samplers.TimeGrid)
-    model = load(source).to(where)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ExitStack() as stack:
-        file = stack.enter_context(write_atomically(output)) if output else None
-        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-        stack.enter_context(torch.autocast(where.type, torch.bfloat16, enabled=bf16))
-        task = bar.add_task("denoiser calls", total=-(-num_samples // batch_size) * nfe)
-        written = 0
-        for tokens in model.sample_batches(
-            num_samples, nfe, solver, times, seed, batch_size, temperature, lambda _: bar.advance(task)
-        ):
-            for text in model.to_text(tokens):
-                emit(text, written, file)
-                written += 1
-    if output:
-        print(f"{written} texts are in {output}")
+        Raises:
+            ValueError: If a count is below 1.
+        """
+        for name, count in [("num_samples", num_samples), ("nfe", nfe), ("batch_size", batch_size)]:
+            if count < 1:
+                raise ValueError(f"{name}={count} must be at least 1")
 
+        def denoise(z_t: Tensor, t: Tensor, self_condition: Tensor) -> Tensor:
+            # A denoiser that never saw a self-condition in training is given none here.
+            known = self_condition if self.self_conditioning > 0 else torch.zeros_like(self_condition)
+            z0_hat: Tensor = self.denoiser(z_t, t, known)
+            return z0_hat
 
-def emit(text: str, number: int, file: BinaryIO | None) -> None:
-    """One text, as a JSON line of a file or as a paragraph on standard output."""
-    if file is None:
-        print(f"[{number}] {text}\n", flush=True)
-    else:
-        file.write((json.dumps({"index": number, "text": text}, ensure_ascii=False) + "\n").encode())
+        solver, times = sampler or self.sampler, grid or self.grid
+        shape = (batch_size, self.latent_encoder.num_latents, self.latent_encoder.latent_size)
+        for batch, start in enumerate(range(0, num_samples, batch_size)):
+            source = generator(seed, "generate", batch, device=self.device)
+            noise = torch.randn(shape, generator=source, device=self.device)
+            z0_hat = solver.sample(denoise, self.schedule, noise, nfe, source, times, self.timesteps, on_step)
+            yield self.decode(z0_hat, temperature, source)[: num_samples - start]
+
+    def sample_tokens(
+        self,
+        num_samples: int,
+        nfe: int = 128,
+        sampler: Sampler | None = None,
+        grid: TimeGrid | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        temperature: float = 0.0,
+    ) -> Tensor:
+        """Generated token ids [num_samples n]; arguments as in `sample_batches`."""
+        return torch.cat(list(self.sample_batches(num_samples, nfe, sampler, grid, seed, batch_size, temperature)))
+
+    def generate(
+        self,
+        num_samples: int,
+        nfe: int = 128,
+        sampler: Sampler | None = None,
+        grid: TimeGrid | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """Generated texts; arguments as in `sample_batches`. Needs neither token encoder nor network."""
+        tokens = self.sample_tokens(num_samples, nfe, sampler, grid, seed, batch_size, temperature)
+        return self.to_text(tokens)
+
+    def to_text(self, tokens: Tensor) -> list[str]:
+        """Token ids [b n] -> texts, without special tokens.
+
+        Raises:
+            ValueError: If the model was made without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer to make text with: give LDLM(tokenizer=...)")
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)]

@@ -42,14 +42,14 @@ def sinusoids(positions: Tensor, width: int, period: float = 10_000.0) -> Tensor
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """softmax(Q Kᵀ / √(d/heads)) V without ever forming the matrix: [b m d], [b n d], [b n d] -> [b m d]."""
     split = "b n (heads e) -> b heads n e"
-    parts = [rearrange(part, split, heads=heads) for part in (queries, keys, values)]
+    q, k, v = (rearrange(part, split, heads=heads) for part in (queries, keys, values))
     if queries.device.type == "cpu" and torch.is_grad_enabled():
         # The CPU kernel's backward pass is 2 to 6 times slower in bfloat16 than in float32 (docs/decisions.md), and
         # autocast would cast back.
         with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(*(part.float() for part in parts)).to(queries.dtype)
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(queries.dtype)
     else:
-        out = F.scaled_dot_product_attention(*parts)
+        out = F.scaled_dot_product_attention(q, k, v)
     return rearrange(out, "b heads n e -> b n (heads e)")
 
 
@@ -196,11 +196,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-    """DiT block with AdaLN-zero (Peebles and Xie, 2023): its own shift, scale and gate from the conditioning.
-
-    The modulation depends on the conditioning alone, so ``modulation`` is separate from ``forward``: a sampler can
-    compute it once for all of its steps.
-    """
+    """DiT block with AdaLN-zero (Peebles and Xie, 2023): shift, scale and gate of both branches come from outside."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -208,12 +204,6 @@ class ModulatedBlock(nn.Module):
         self.attention = SelfAttention(width, heads)
         self.mlp_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.mlp = MLP(width)
-        self.modulate = nn.Linear(width, 6 * width)
-
-    def modulation(self, condition: Tensor) -> Tensor:
-        """Conditioning [b d] -> modulation [b 6d]."""
-        out: Tensor = self.modulate(F.silu(condition))
-        return out
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """[b n d] and modulation [b or 1, 6d] -> [b n d]."""

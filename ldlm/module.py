@@ -1,71 +1,34 @@
-"""The model: parts wired together, their three losses, and the way back from noise to text.
+"""The model: its parts wired together, and how it is trained.
 
-In: token ids [b n] in training; a number of texts and of denoiser calls in generation.
-Out: losses (Eq. 4); texts.
-Paper: section 4 (the framework), section 5 (the recipe), App. A.2 (warm-up), App. C (optimisation).
+In: parts, batches of token ids [b n]. Out: a loss a step; numbers to log.
+Paper: section 4 (the framework), section 5 (the recipe), App. C (optimisation).
 
-Legend: b rows, n tokens a row, h hidden width, m latents a row, d latent width, u schedule times, gamma the
-diffusion-to-encoder coefficient of Eq. 30.
+What is minimised stands in `objective.py`, sampling in `generation.py`, files in `storage.py`.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterable
 
-import lightning as L
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torchmetrics import MeanMetric
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-import ldlm
-from ldlm.checkpoints import (
-    FORMAT,
-    build,
-    describe,
-    load_weights,
-    pack_tokenizer,
-    read_checkpoint,
-    read_json,
-    unpack_tokenizer,
-)
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
-from ldlm.encoders import TokenEncoder, local_folder
-from ldlm.files import write_atomically
+from ldlm.encoders import TokenEncoder
 from ldlm.latents import LatentDecoder, LatentEncoder, PerceiverResamplerDecoder, PerceiverResamplerEncoder
 from ldlm.noise import generator, share
+from ldlm.objective import MISSING_WARMUP, normal_like
 from ldlm.packing import load_tokenizer
 from ldlm.samplers import EulerMaruyama, Sampler, TimeGrid, UniformGrid
 from ldlm.schedules import NoiseSchedule, TangentSchedule
+from ldlm.storage import Storage
 from ldlm.timesteps import AdaptiveTimesteps, TimestepSampler
 
-
-class Losses(NamedTuple):
-    """The losses of one batch (Eq. 4 and 25-27), means over elements or tokens.
-
-    Attributes:
-        total: What is minimised, scalar.
-        diffusion: Mean squared error of z0_hat, scalar.
-        reconstruction: Mean squared error of the hidden states, scalar.
-        token: Cross-entropy in nats per token, scalar.
-        rows: The diffusion loss of each row [b], detached.
-        z0: The latents [b m d], detached.
-    """
-
-    total: Tensor
-    diffusion: Tensor
-    reconstruction: Tensor
-    token: Tensor
-    rows: Tensor
-    z0: Tensor
+VALIDATION_MEANS = ("diffusion", "reconstruction", "token", "accuracy", "accuracy_noised")
 
 
-class LDLM(L.LightningModule):
+class LDLM(Storage):
     """A latent diffusion language model trained jointly with its latent space.
 
     A part left out is the paper's, at the token encoder's width.
@@ -104,8 +67,6 @@ class LDLM(L.LightningModule):
     Raises:
         ValueError: If an argument is out of range, or two parts do not fit.
     """
-
-    gamma: Tensor | None
 
     def __init__(
         self,
@@ -174,7 +135,6 @@ class LDLM(L.LightningModule):
         self.averaged: dict[str, Tensor] | None = None
         self.raw: dict[str, Tensor] | None = None
         self._last_step, self._micro_step = -1, 0
-        self.means = torch.nn.ModuleDict({name: MeanMetric() for name in VALIDATION_MEANS})
 
     def _check(self) -> None:
         """Compare what the parts say of themselves, so that a misfit is named here and not by a matrix product."""
@@ -209,81 +169,6 @@ class LDLM(L.LightningModule):
                 f"{self.token_encoder.vocab_size}: use the tokenizer that belongs to the encoder"
             )
 
-    # ---- text to latents and back ------------------------------------------------------------------------------
-
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Token ids [b n] -> latents z0 [b m d], float32."""
-        z0: Tensor = self.latent_encoder(self.token_encoder(tokens))
-        return z0.float()
-
-    def decode(self, z: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """Latents [b m d] -> token ids [b n]; no noise is added. Argmax, or a draw at ``temperature`` above 0."""
-        return self.token_decoder.predict(self.latent_decoder(z), temperature, generator)
-
-    def losses(self, tokens: Tensor, generator: torch.Generator, u: Tensor | None = None) -> Losses:
-        """The three losses of a batch.
-
-        Args:
-            tokens: Token ids [b n].
-            generator: Draws all noise, on its own device.
-            u: Schedule times [b]; None draws them from `timesteps`.
-
-        Raises:
-            ValueError: If gradients are wanted and gamma is unset.
-        """
-        if u is None:
-            u = self.timesteps.sample(len(tokens), generator).to(tokens.device)
-        hidden = self.token_encoder(tokens)
-        z0 = self.latent_encoder(hidden).float()
-
-        # Eq. 28, in a form that leaves the value exact in every dtype: the noised input and the target see z0, and only
-        # the gradient that reaches the latent encoder is multiplied by gamma.
-        target = z0 if self._gamma() is None else z0.detach() + self._gamma() * (z0 - z0.detach())
-        alpha, sigma = self.schedule.alpha(u)[:, None, None], self.schedule.sigma(u)[:, None, None]
-        z_t = alpha * target + sigma * _normal_like(z0, generator)
-        z0_hat = self.denoiser(z_t, u, self._self_condition(z_t, u, generator))
-        rows = (target - z0_hat).square().mean(dim=(1, 2))  # Eq. 25, per row
-        diffusion = rows.mean()
-
-        hidden_hat = self.latent_decoder(z0 + self.sigma_dec * _normal_like(z0, generator))
-        reconstruction = F.mse_loss(hidden_hat.float(), hidden.detach())  # Eq. 26
-        token = torch.zeros((), device=z0.device)
-        if self.token_weight > 0:
-            positions = None
-            if self.token_fraction < 1:
-                count = max(1, round(self.token_fraction * tokens.numel()))
-                shuffled = torch.rand(tokens.numel(), generator=generator, device=generator.device).argsort()
-                positions = shuffled[:count].to(tokens.device)
-            seen = hidden_hat if self.token_gradient else hidden_hat.detach()
-            token = self.token_decoder.loss(seen, tokens, positions)  # Eq. 27
-
-        total = self.diffusion_weight * diffusion + self.token_weight * token
-        if self.reconstruction_weight > 0:
-            total = total + self.reconstruction_weight * reconstruction
-        return Losses(total, diffusion, reconstruction, token, rows.detach(), z0.detach())
-
-    def _gamma(self) -> Tensor | None:
-        """Gamma, which may be unset only where there is no gradient to scale."""
-        if self.gamma is None and torch.is_grad_enabled():
-            raise ValueError(MISSING_WARMUP)
-        return self.gamma
-
-    @torch.no_grad()
-    def _self_condition(self, z_t: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
-        """A first estimate for a share of the rows, zeros for the others: [b m d].
-
-        Slices of the global batch are contiguous, so with slices of even size the rows that are even here are those
-        that are even there: half of the rows, the same for any number of ranks, with nothing drawn.
-        """
-        condition = torch.zeros_like(z_t)
-        if self.self_conditioning == 0.5 and len(z_t) % 2 == 0:
-            condition[0::2] = self.denoiser(z_t[0::2], u[0::2], condition[0::2]).to(condition)
-        elif self.self_conditioning > 0:
-            coin = torch.rand(len(z_t), generator=generator, device=generator.device) < self.self_conditioning
-            estimate = self.denoiser(z_t, u, condition).to(condition)
-            condition = torch.where(coin.to(z_t.device)[:, None, None], estimate, condition)
-        return condition
-
     # ---- training ----------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
@@ -297,7 +182,8 @@ class LDLM(L.LightningModule):
             )
         if self.token_encoder.statistics_rows == 0:
             self.trainer.fit_loop.setup_data()
-            self.token_encoder.fit_statistics(iter(self.trainer.train_dataloader), self.statistics_rows)
+            loader: Iterable[Tensor] = self.trainer.train_dataloader or []
+            self.token_encoder.fit_statistics(loader, self.statistics_rows)
             self.token_decoder.start(self.token_encoder)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -332,24 +218,24 @@ class LDLM(L.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
         """Losses at evenly spread times, and the accuracy of clean and noised reconstruction."""
-        if len(batch) == 0:  # a rank's share of the last batch
-            return None
-        noise = generator(self.seed, "validation", batch_idx, self.global_rank, device=self.device)
-        u = (torch.arange(len(batch), device=self.device) + 0.5) / len(batch)
-        losses = self.losses(batch, noise, u)
-        noised = losses.z0 + self.sigma_dec * _normal_like(losses.z0, noise)
-        values = {
-            "diffusion": losses.diffusion,
-            "reconstruction": losses.reconstruction,
-            "token": losses.token,
-            "accuracy": (self.decode(losses.z0) == batch).float().mean(),
-            "accuracy_noised": (self.decode(noised) == batch).float().mean(),
-        }
-        for name in VALIDATION_MEANS:
-            mean = self.means[name]
-            mean.update(values[name], weight=len(batch))
-            self.log(f"validation/{name}", mean, on_step=False, on_epoch=True)
-        return {"u": u, "loss": losses.rows}
+        rows = len(batch)
+        if rows:
+            noise = generator(self.seed, "validation", batch_idx, self.global_rank, device=self.device)
+            u = (torch.arange(rows, device=self.device) + 0.5) / rows
+            losses = self.losses(batch, noise, u)
+            noised = losses.z0 + self.sigma_dec * normal_like(losses.z0, noise)
+            values = {
+                "diffusion": losses.diffusion,
+                "reconstruction": losses.reconstruction,
+                "token": losses.token,
+                "accuracy": (self.decode(losses.z0) == batch).float().mean(),
+                "accuracy_noised": (self.decode(noised) == batch).float().mean(),
+            }
+        else:  # this rank's share of the last batch; it still takes part in the sum over ranks, with no weight
+            values = dict.fromkeys(VALIDATION_MEANS, torch.zeros((), device=self.device))
+        logged = {f"validation/{name}": values[name] for name in VALIDATION_MEANS}
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=rows, sync_dist=True)
+        return {"u": u, "loss": losses.rows} if rows else None
 
     def test_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
         """The same on the test rows."""
@@ -359,7 +245,7 @@ class LDLM(L.LightningModule):
         """Token ids [b n] -> their clean reconstruction [b n]."""
         return self.decode(self.encode(batch))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, linear warm-up from 1e-8, constant, and a linear fall over the last ``lr_decay`` of the run."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -397,197 +283,3 @@ class LDLM(L.LightningModule):
             return
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         self.log("train/grad_norm", norm)
-
-    # ---- generation --------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def sample_batches(
-        self,
-        num_samples: int,
-        nfe: int = 128,
-        sampler: Sampler | None = None,
-        grid: TimeGrid | None = None,
-        seed: int = 0,
-        batch_size: int = 16,
-        temperature: float = 0.0,
-        on_step: Callable[[int], None] | None = None,
-    ) -> Iterator[Tensor]:
-        """Generated token ids, batch by batch: [batch_size n], the last one cut to what is missing.
-
-        Args:
-            num_samples: Texts over all batches.
-            nfe: Calls of the denoiser per text.
-            sampler: Solver; None takes the model's.
-            grid: Time grid; None takes the model's.
-            seed: The same seed and batch size give the same texts, and the first k do not depend on ``num_samples``.
-            batch_size: Rows sampled together. Every batch is computed at this size.
-            temperature: Of the last choice of tokens; 0 is the argmax.
-            on_step: Called with 1 ... nfe within each batch.
-
-        Raises:
-            ValueError: If a count is below 1.
-        """
-        for name, count in [("num_samples", num_samples), ("nfe", nfe), ("batch_size", batch_size)]:
-            if count < 1:
-                raise ValueError(f"{name}={count} must be at least 1")
-
-        def denoise(z_t: Tensor, t: Tensor, self_condition: Tensor) -> Tensor:
-            # A denoiser that never saw a self-condition in training is given none here.
-            known = self_condition if self.self_conditioning > 0 else torch.zeros_like(self_condition)
-            z0_hat: Tensor = self.denoiser(z_t, t, known)
-            return z0_hat
-
-        solver, times = sampler or self.sampler, grid or self.grid
-        shape = (batch_size, self.latent_encoder.num_latents, self.latent_encoder.latent_size)
-        for batch, start in enumerate(range(0, num_samples, batch_size)):
-            source = generator(seed, "generate", batch, device=self.device)
-            noise = torch.randn(shape, generator=source, device=self.device)
-            z0_hat = solver.sample(denoise, self.schedule, noise, nfe, source, times, self.timesteps, on_step)
-            yield self.decode(z0_hat, temperature, source)[: num_samples - start]
-
-    def sample_tokens(
-        self,
-        num_samples: int,
-        nfe: int = 128,
-        sampler: Sampler | None = None,
-        grid: TimeGrid | None = None,
-        seed: int = 0,
-        batch_size: int = 16,
-        temperature: float = 0.0,
-    ) -> Tensor:
-        """Generated token ids [num_samples n]; arguments as in `sample_batches`."""
-        return torch.cat(list(self.sample_batches(num_samples, nfe, sampler, grid, seed, batch_size, temperature)))
-
-    def generate(
-        self,
-        num_samples: int,
-        nfe: int = 128,
-        sampler: Sampler | None = None,
-        grid: TimeGrid | None = None,
-        seed: int = 0,
-        batch_size: int = 16,
-        temperature: float = 0.0,
-    ) -> list[str]:
-        """Generated texts; arguments as in `sample_batches`. Needs neither token encoder nor network."""
-        tokens = self.sample_tokens(num_samples, nfe, sampler, grid, seed, batch_size, temperature)
-        return self.to_text(tokens)
-
-    def to_text(self, tokens: Tensor) -> list[str]:
-        """Token ids [b n] -> texts, without special tokens.
-
-        Raises:
-            ValueError: If the model was made without a tokenizer.
-        """
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer to make text with: give LDLM(tokenizer=...)")
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)]
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------
-
-    def description(self) -> dict[str, Any]:
-        """The model as plain data: parts, arguments, versions."""
-        model = describe(self, leave_out=("tokenizer",))
-        return {"format": FORMAT, "version": ldlm.__version__, "model": model}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the model; put averaged parameters into ``state_dict`` and raw ones beside it."""
-        checkpoint["ldlm"] = self.description()
-        if self.tokenizer is not None:
-            checkpoint["tokenizer"] = pack_tokenizer(self.tokenizer)
-        if self.averaged is not None:
-            raw = self.raw or {name: checkpoint["state_dict"][name] for name in self.averaged}
-            checkpoint["raw_parameters"] = raw
-            checkpoint["state_dict"] = checkpoint["state_dict"] | self.averaged
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the raw parameters when training goes on; `callbacks.EMA` takes the averaged ones."""
-        if "raw_parameters" in checkpoint and self.trainer.training:
-            if self.averaged is None:
-                raise ValueError(
-                    "this checkpoint holds averaged weights, but nothing here goes on averaging: add EMA() to the "
-                    "trainer's callbacks"
-                )
-            for name, average in self.averaged.items():
-                average.copy_(checkpoint["state_dict"][name])
-            checkpoint["state_dict"] = checkpoint["state_dict"] | checkpoint["raw_parameters"]
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu") -> Self:  # type: ignore[override]
-        """The model of a checkpoint, with its averaged weights, in eval mode.
-
-        Args:
-            checkpoint_path: A ``.ckpt`` file made by a Trainer with this model, from the command or from a script.
-            map_location: Device the model is put on.
-
-        Raises:
-            ValueError: If the file is missing, damaged, of something else, or uses classes that are not imported.
-        """
-        checkpoint = read_checkpoint(checkpoint_path)
-        tokenizer = unpack_tokenizer(checkpoint["tokenizer"]) if "tokenizer" in checkpoint else None
-        return cls._rebuilt(checkpoint["ldlm"], checkpoint["state_dict"], tokenizer, str(checkpoint_path), map_location)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors``, ``ldlm.json`` and the tokenizer's files into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
-        with write_atomically(folder / "model.safetensors") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in self.state_dict().items()}))
-        with write_atomically(folder / "ldlm.json") as file:
-            file.write((json.dumps(self.description(), indent=2) + "\n").encode())
-
-    @classmethod
-    def from_pretrained(
-        cls, path_or_repo: str | Path, revision: str | None = None, map_location: str | torch.device = "cpu"
-    ) -> Self:
-        """The model of an exported folder, local or on the hub, in eval mode.
-
-        Args:
-            path_or_repo: A folder written by `save_pretrained` or ``ldlm export``, or a hub id.
-            revision: Branch, tag or commit on the hub.
-            map_location: Device the model is put on.
-
-        Raises:
-            ValueError: If there is no such folder or repository, or it holds something else.
-        """
-        folder = local_folder(str(path_or_repo), revision, "*.json", "*.safetensors", "*.txt", "*.model")
-        if not (folder / "ldlm.json").is_file():
-            raise ValueError(f"{path_or_repo} holds no ldlm.json: it is not an exported ldlm model")
-        about = read_json(folder / "ldlm.json")
-        try:
-            state = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{folder}/model.safetensors could not be read ({error}): export the model again"
-            ) from error
-        with_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder) if with_tokenizer else None
-        return cls._rebuilt(about, state, tokenizer, str(folder), map_location)
-
-    @classmethod
-    def _rebuilt(
-        cls,
-        about: dict[str, Any],
-        state: dict[str, Tensor],
-        tokenizer: PreTrainedTokenizerBase | None,
-        source: str,
-        device: str | torch.device,
-    ) -> Self:
-        """A model from its description, its tensors and its tokenizer."""
-        arguments = {name: build(value) for name, value in about["model"]["init_args"].items()}
-        model = cls(**arguments, tokenizer=tokenizer)
-        load_weights(model, state, source)
-        return model.to(device).eval()
-
-
-VALIDATION_MEANS = ("diffusion", "reconstruction", "token", "accuracy", "accuracy_noised")
-MISSING_WARMUP = (
-    "gamma, the share of the diffusion gradient that reaches the latent encoder, is unset: add "
-    "DiffusionToEncoderWarmup(steps=...) to the trainer's callbacks (steps=0 for no warm-up, the paper's worst row)"
-)
-
-
-def _normal_like(z: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape, dtype and device of z."""
-    return torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)

@@ -3,28 +3,26 @@
 In: words from a shell. Out: a Trainer's run.
 No section of the paper.
 
-``--sequence_length``, ``--num_latents``, ``--tokenizer`` and ``--seed_everything`` are given once and reach the data, the
-model and every part that has such an argument. ``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take the model
-from the checkpoint, whatever a recipe says of it.
+``--sequence_length``, ``--num_latents``, ``--tokenizer`` and ``--seed_everything`` are given once and reach the data,
+the model and every part that has such an argument. ``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take
+the model from the checkpoint, whatever a recipe says of it.
 """
 
 import logging
 import os
 import re
-import sys
 import tempfile
 import warnings
 from typing import Any, NoReturn
 
-import torch
 import transformers
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that their classes can be named in YAML without a path.
 from ldlm import __version__, callbacks, decoders, denoiser, encoders, latents, samplers, schedules, timesteps, watch
-from ldlm.checkpoints import read_checkpoint, unpack_tokenizer
+from ldlm.checkpoints import read_checkpoint
 from ldlm.cli import CONFIGS, Fault, fail, nearest, preset_names
 from ldlm.data import PackedTextDataModule, load_tokenizer
 from ldlm.module import LDLM
@@ -47,7 +45,7 @@ def find_recipe(name: str) -> str:
     raise Fault(f"--config {name}: there is no such file and no such recipe{nearest(name, preset_names())}")
 
 
-class NamedConfig(ActionConfigFile):
+class NamedConfig(ActionConfigFile):  # type: ignore[misc]  # jsonargparse is read as untyped
     """``--config`` that knows the shipped recipes by name."""
 
     @staticmethod
@@ -59,13 +57,13 @@ class NamedConfig(ActionConfigFile):
 class ShortErrors(LightningArgumentParser):
     """A parser that says what is wrong in one sentence, with the nearest known name."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2."""
         fail(explain(message, [option for action in self._actions for option in action.option_strings]))
 
 
 def explain(message: str, options: list[str]) -> str:
-    """jsonargparse's message without its layers of context, and with the nearest option or class."""
+    """A message of jsonargparse without its layers of context, and with the nearest option or class."""
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     text = " ".join(lines)
     if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", text):
@@ -73,7 +71,9 @@ def explain(message: str, options: list[str]) -> str:
     if found := re.search(r"Option '([\w.]+)' is not accepted", text):
         leaves = sorted({option.lstrip("-").rpartition(".")[2] for option in options})
         return f"{text}{nearest(found[1].rpartition('.')[2], leaves)}"
-    if found := re.search(r"(?:Unexpected import path format:|No module named|Import path|class_path) ?'?([\w.]+)'?", text):
+    if found := re.search(
+        r"(?:Unexpected import path format:|No module named|Import path|class_path) ?'?([\w.]+)'?", text
+    ):
         classes = [name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)]
         return f"{text}{nearest(found[1].rpartition('.')[2], sorted(set(classes)))}"
     return text
@@ -118,9 +118,8 @@ class LDLMCLI(LightningCLI):
         if self.stored is None:
             super().add_core_arguments_to_parser(parser)
             return
-        model, self._model_class = self._model_class, None
-        super().add_core_arguments_to_parser(parser)
-        self._model_class = model
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_lightning_class_args(PackedTextDataModule, "data")
         parser.add_argument("--model", type=dict, default=None, help="not used: the checkpoint describes its model")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -206,4 +205,4 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip" not in r.getMessage())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")

@@ -7,6 +7,7 @@ Paper: Fig. 5 and 6.
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,8 @@ class ShowSamples(L.Callback):
             console.print(f"Look at it:     tensorboard --logdir {writer.log_dir}", soft_wrap=True, markup=False)
 
     def _real(self, trainer: L.Trainer, model: LDLM) -> list[str]:
-        loaders = trainer.val_dataloaders or trainer.train_dataloader
-        return model.to_text(next(iter(loaders))[: self.num_samples])
+        loader: Iterable[Tensor] = trainer.val_dataloaders or trainer.train_dataloader or []
+        return model.to_text(next(iter(loader))[: self.num_samples])
 
 
 class ReconstructionWriter(L.Callback):

@@ -1,0 +1,145 @@
+"""The joint objective: what is minimised, and the way from text to latents and back.
+
+In: token ids [b n]. Out: latents [b m d], token ids again, and the three losses.
+Paper: sections 3 and 4, Eq. 1-4 and 25-27; section 5.2 and Eq. 28 (warm-up), section 5.4 (decoder noise).
+
+Legend: b rows, n tokens a row, h hidden width, m latents a row, d latent width, u schedule times, gamma the
+diffusion-to-encoder coefficient of Eq. 30.
+"""
+
+from typing import NamedTuple
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldlm.decoders import TokenDecoder
+from ldlm.denoiser import Denoiser
+from ldlm.encoders import TokenEncoder
+from ldlm.latents import LatentDecoder, LatentEncoder
+from ldlm.schedules import NoiseSchedule
+from ldlm.timesteps import TimestepSampler
+
+MISSING_WARMUP = (
+    "gamma, the share of the diffusion gradient that reaches the latent encoder, is unset: add "
+    "DiffusionToEncoderWarmup(steps=...) to the trainer's callbacks (steps=0 for no warm-up, the paper's worst row)"
+)
+
+
+class Losses(NamedTuple):
+    """The losses of one batch (Eq. 4 and 25-27), means over elements or tokens.
+
+    Attributes:
+        total: What is minimised, scalar.
+        diffusion: Mean squared error of z0_hat, scalar.
+        reconstruction: Mean squared error of the hidden states, scalar.
+        token: Cross-entropy in nats per token, scalar.
+        rows: The diffusion loss of each row [b], detached.
+        z0: The latents [b m d], detached.
+    """
+
+    total: Tensor
+    diffusion: Tensor
+    reconstruction: Tensor
+    token: Tensor
+    rows: Tensor
+    z0: Tensor
+
+
+class JointObjective(L.LightningModule):
+    """Encoding, decoding and the losses, in terms of parts that `LDLM`'s constructor puts in place."""
+
+    token_encoder: TokenEncoder
+    latent_encoder: LatentEncoder
+    denoiser: Denoiser
+    latent_decoder: LatentDecoder
+    token_decoder: TokenDecoder
+    schedule: NoiseSchedule
+    timesteps: TimestepSampler
+    sigma_dec: float
+    diffusion_weight: float
+    reconstruction_weight: float
+    token_weight: float
+    token_gradient: bool
+    token_fraction: float
+    self_conditioning: float
+    gamma: Tensor | None
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Token ids [b n] -> latents z0 [b m d], float32."""
+        z0: Tensor = self.latent_encoder(self.token_encoder(tokens))
+        return z0.float()
+
+    def decode(self, z: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """Latents [b m d] -> token ids [b n]; no noise is added. Argmax, or a draw at ``temperature`` above 0."""
+        return self.token_decoder.predict(self.latent_decoder(z), temperature, generator)
+
+    def losses(self, tokens: Tensor, generator: torch.Generator, u: Tensor | None = None) -> Losses:
+        """The three losses of a batch.
+
+        Args:
+            tokens: Token ids [b n].
+            generator: Draws all noise, on its own device.
+            u: Schedule times [b]; None draws them from `timesteps`.
+
+        Raises:
+            ValueError: If gradients are wanted and gamma is unset.
+        """
+        if u is None:
+            u = self.timesteps.sample(len(tokens), generator).to(tokens.device)
+        hidden = self.token_encoder(tokens)
+        z0 = self.latent_encoder(hidden).float()
+
+        # Eq. 28, in a form that leaves the value exact in every dtype: the noised input and the target see z0, and only
+        # the gradient that reaches the latent encoder is multiplied by gamma.
+        target = z0 if self._gamma() is None else z0.detach() + self._gamma() * (z0 - z0.detach())
+        alpha, sigma = self.schedule.alpha(u)[:, None, None], self.schedule.sigma(u)[:, None, None]
+        z_t = alpha * target + sigma * normal_like(z0, generator)
+        z0_hat = self.denoiser(z_t, u, self._self_condition(z_t, u, generator))
+        rows = (target - z0_hat).square().mean(dim=(1, 2))  # Eq. 25, per row
+        diffusion = rows.mean()
+
+        hidden_hat = self.latent_decoder(z0 + self.sigma_dec * normal_like(z0, generator))
+        reconstruction = F.mse_loss(hidden_hat.float(), hidden.detach())  # Eq. 26
+        token = torch.zeros((), device=z0.device)
+        if self.token_weight > 0:
+            positions = None
+            if self.token_fraction < 1:
+                count = max(1, round(self.token_fraction * tokens.numel()))
+                shuffled = torch.rand(tokens.numel(), generator=generator, device=generator.device).argsort()
+                positions = shuffled[:count].to(tokens.device)
+            seen = hidden_hat if self.token_gradient else hidden_hat.detach()
+            token = self.token_decoder.loss(seen, tokens, positions)  # Eq. 27
+
+        total = self.diffusion_weight * diffusion + self.token_weight * token
+        if self.reconstruction_weight > 0:
+            total = total + self.reconstruction_weight * reconstruction
+        return Losses(total, diffusion, reconstruction, token, rows.detach(), z0.detach())
+
+    def _gamma(self) -> Tensor | None:
+        """Gamma, which may be unset only where there is no gradient to scale."""
+        if self.gamma is None and torch.is_grad_enabled():
+            raise ValueError(MISSING_WARMUP)
+        return self.gamma
+
+    @torch.no_grad()
+    def _self_condition(self, z_t: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
+        """A first estimate for a share of the rows, zeros for the others: [b m d].
+
+        Slices of the global batch are contiguous, so with slices of even size the rows that are even here are those
+        that are even there: half of the rows, the same for any number of ranks, with nothing drawn.
+        """
+        condition = torch.zeros_like(z_t)
+        if self.self_conditioning == 0.5 and len(z_t) % 2 == 0:
+            condition[0::2] = self.denoiser(z_t[0::2], u[0::2], condition[0::2]).to(condition)
+        elif self.self_conditioning > 0:
+            coin = torch.rand(len(z_t), generator=generator, device=generator.device) < self.self_conditioning
+            estimate = self.denoiser(z_t, u, condition).to(condition)
+            condition = torch.where(coin.to(z_t.device)[:, None, None], estimate, condition)
+        return condition
+
+
+def normal_like(z: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of the shape, dtype and device of z."""
+    return torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)

@@ -1,0 +1,139 @@
+"""Storage: the model's checkpoints and exports, and the model made again from either.
+
+In: a `.ckpt` file of a Trainer, or a folder of safetensors and JSON. Out: the same, or a model.
+No section of the paper. ``state_dict`` holds averaged parameters where `callbacks.EMA` keeps
+some, and the raw ones stand beside it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import ldlm
+from ldlm.checkpoints import (
+    FORMAT,
+    build,
+    describe,
+    load_weights,
+    pack_tokenizer,
+    read_checkpoint,
+    read_json,
+    unpack_tokenizer,
+)
+from ldlm.encoders import local_folder
+from ldlm.files import write_atomically
+from ldlm.generation import Generation
+
+
+class Storage(Generation):
+    """Saving and loading, in terms of parts that `LDLM`'s constructor puts in place.
+
+    Attributes:
+        averaged: The averaged parameters by name, float32; None without `callbacks.EMA`.
+        raw: The raw parameters while the averaged ones stand in their place; None otherwise.
+    """
+
+    averaged: dict[str, Tensor] | None
+    raw: dict[str, Tensor] | None
+
+    def description(self) -> dict[str, Any]:
+        """The model as plain data: parts, arguments, versions."""
+        model = describe(self, leave_out=("tokenizer",))
+        return {"format": FORMAT, "version": ldlm.__version__, "model": model}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe the model; put averaged parameters into ``state_dict`` and raw ones beside it."""
+        checkpoint["ldlm"] = self.description()
+        if self.tokenizer is not None:
+            checkpoint["tokenizer"] = pack_tokenizer(self.tokenizer)
+        if self.averaged is not None:
+            raw = self.raw or {name: checkpoint["state_dict"][name] for name in self.averaged}
+            checkpoint["raw_parameters"] = raw
+            checkpoint["state_dict"] = checkpoint["state_dict"] | self.averaged
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the raw parameters when training goes on; `callbacks.EMA` takes the averaged ones."""
+        if "raw_parameters" in checkpoint and self.trainer.training:
+            if self.averaged is None:
+                raise ValueError(
+                    "this checkpoint holds averaged weights, but nothing here goes on averaging: add EMA() to the "
+                    "trainer's callbacks"
+                )
+            for name, average in self.averaged.items():
+                average.copy_(checkpoint["state_dict"][name])
+            checkpoint["state_dict"] = checkpoint["state_dict"] | checkpoint["raw_parameters"]
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu") -> Self:  # type: ignore[override]
+        """The model of a checkpoint, with its averaged weights, in eval mode.
+
+        Args:
+            checkpoint_path: A ``.ckpt`` file made by a Trainer with this model, from the command or from a script.
+            map_location: Device the model is put on.
+
+        Raises:
+            ValueError: If the file is missing, damaged, of something else, or uses classes that are not imported.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        tokenizer = unpack_tokenizer(checkpoint["tokenizer"]) if "tokenizer" in checkpoint else None
+        return cls._rebuilt(checkpoint["ldlm"], checkpoint["state_dict"], tokenizer, str(checkpoint_path), map_location)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors``, ``ldlm.json`` and the tokenizer's files into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(folder))
+        with write_atomically(folder / "model.safetensors") as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in self.state_dict().items()}))
+        with write_atomically(folder / "ldlm.json") as file:
+            file.write((json.dumps(self.description(), indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo: str | Path, revision: str | None = None, map_location: str | torch.device = "cpu"
+    ) -> Self:
+        """The model of an exported folder, local or on the hub, in eval mode.
+
+        Args:
+            path_or_repo: A folder written by `save_pretrained` or ``ldlm export``, or a hub id.
+            revision: Branch, tag or commit on the hub.
+            map_location: Device the model is put on.
+
+        Raises:
+            ValueError: If there is no such folder or repository, or it holds something else.
+        """
+        folder = local_folder(str(path_or_repo), revision, "*.json", "*.safetensors", "*.txt", "*.model")
+        if not (folder / "ldlm.json").is_file():
+            raise ValueError(f"{path_or_repo} holds no ldlm.json: it is not an exported ldlm model")
+        about = read_json(folder / "ldlm.json")
+        try:
+            state = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{folder}/model.safetensors could not be read ({error}): export the model again"
+            ) from error
+        with_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder) if with_tokenizer else None
+        return cls._rebuilt(about, state, tokenizer, str(folder), map_location)
+
+    @classmethod
+    def _rebuilt(
+        cls,
+        about: dict[str, Any],
+        state: dict[str, Tensor],
+        tokenizer: PreTrainedTokenizerBase | None,
+        source: str,
+        device: str | torch.device,
+    ) -> Self:
+        """A model from its description, its tensors and its tokenizer."""
+        arguments = {name: build(value) for name, value in about["model"]["init_args"].items()}
+        model = cls(**arguments, tokenizer=tokenizer)
+        load_weights(model, state, source)
+        return model.to(device).eval()
