@@ -87,6 +87,8 @@ def write_texts(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this PyTorch sees no GPU; use --device cpu")
     solver: Sampler | None = named(sampler, SAMPLERS)
     times: TimeGrid | None = named(grid, GRIDS)
     model = load(source).to(where)

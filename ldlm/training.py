@@ -63,20 +63,23 @@ class ShortErrors(LightningArgumentParser):
 
 
 def explain(message: str, options: list[str]) -> str:
-    """A message of jsonargparse without its layers of context, and with the nearest option or class."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    text = " ".join(lines)
-    if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", text):
+    """One of jsonargparse's messages as one sentence, with the nearest option or class where a name is unknown."""
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    option = f"--{key[1]}: " if key else ""
+    if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", message):
         return f"there is no option {found[1]}{nearest(found[1], options)}"
-    if found := re.search(r"Option '([\w.]+)' is not accepted", text):
+    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
         leaves = sorted({option.lstrip("-").rpartition(".")[2] for option in options})
-        return f"{text}{nearest(found[1].rpartition('.')[2], leaves)}"
-    if found := re.search(
-        r"(?:Unexpected import path format:|No module named|Import path|class_path) ?'?([\w.]+)'?", text
-    ):
-        classes = [name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)]
-        return f"{text}{nearest(found[1].rpartition('.')[2], sorted(set(classes)))}"
-    return text
+        return f"{option}there is no option {found[1]!r}{nearest(found[1].rpartition('.')[2], leaves)}"
+    if found := re.search(r"(?:dot import path string: |given class_path ')([\w.]+)", message):
+        classes = {name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)}
+        hint = nearest(found[1].rpartition(".")[2], sorted(classes))
+        return f"{option}there is no class {found[1]!r}; give module.Class, the module in the current folder{hint}"
+    # A union lists what each of its types objects to; what None objects to helps nobody.
+    _, union, errors = message.partition("Errors:")
+    lines = [line.strip(" -") for line in (errors if union else message).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("Expected a <class 'NoneType'>", "Given value"))]
+    return f"{option if union else ''}{' '.join(kept)}"
 
 
 class LDLMCLI(LightningCLI):
@@ -183,8 +186,8 @@ def run(words: list[str]) -> None:
     from_checkpoint = words[0] != "fit" and checkpoint is not None and checkpoint not in KEYWORDS
     try:
         LDLMCLI(words, checkpoint if from_checkpoint else None)
-    except MisconfigurationException as error:
-        raise Fault(str(error)) from error
+    except (MisconfigurationException, ValueError) as error:
+        raise Fault(explain(str(error), [])) from error
 
 
 def value_of(option: str, words: list[str]) -> str | None:
