@@ -9,6 +9,7 @@ a state of its own.
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -101,6 +102,9 @@ class AdaptiveTimestepUpdate(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell the model that its timesteps are looked after."""
         as_ldlm(pl_module).refresh_every = self.every_n_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step, which a resumed run knows only now."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -136,15 +140,21 @@ class EMA(L.Callback):
         self._step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the averages before a checkpoint is restored into them."""
+        """Make the averages, and put the raw parameters of an earlier fit back, before a checkpoint is restored."""
         model = as_ldlm(pl_module)
-        if stage == "fit" and model.averaged is None:
-            model.averaged = {name: p.detach().float().clone() for name, p in _trainable(model)}
+        if stage == "fit":
+            self._swap_out(model)
+            if model.averaged is None:
+                model.averaged = {name: p.detach().float().clone() for name, p in _trainable(model)}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Train on the raw parameters, also in a second fit of the same model."""
-        self._swap_out(as_ldlm(pl_module))
+    @torch.no_grad()
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step, which a resumed run knows only now; average from what a new run starts with."""
+        model = as_ldlm(pl_module)
         self._step = trainer.global_step
+        if self._step == 0 and model.averaged is not None:  # a token decoder may have been filled since `setup`
+            for name, p in _trainable(model):
+                model.averaged[name] = p.detach().float().clone()
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -180,19 +190,21 @@ class EMA(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the averaged parameters."""
-        if trainer.training or trainer.sanity_checking or trainer.validating:
+        if trainer.state.fn == TrainerFn.FITTING:  # elsewhere they are in place already
             self._swap_in(as_ldlm(pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on training the raw ones."""
-        self._swap_out(as_ldlm(pl_module))
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._swap_out(as_ldlm(pl_module))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the raw ones in place when validation is cut short."""
-        self._swap_out(as_ldlm(pl_module))
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._swap_out(as_ldlm(pl_module))
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The fitted model is the averaged one; checkpoints saved later still hold both."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The fitted model is the averaged one, also for what others do in ``on_fit_end``; checkpoints hold both."""
         self._swap_in(as_ldlm(pl_module))
 
 

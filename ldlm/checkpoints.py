@@ -60,7 +60,9 @@ def describe(part: object, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     kind = type(part)
     arguments = {}
-    for name in list(inspect.signature(kind).parameters):
+    # A class without a constructor of its own has nn.Module's, which takes *args and **kwargs and uses neither.
+    bare = isinstance(part, nn.Module) and kind.__init__ is nn.Module.__init__
+    for name in [] if bare else list(inspect.signature(kind).parameters):
         if name in leave_out:
             continue
         try:

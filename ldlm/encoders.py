@@ -9,19 +9,15 @@ They are read on the first call, checked against their SHA-256, and follow the m
 """
 
 import abc
-import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from ldlm.files import resolve, sha256
+from ldlm.hub import local_folder, weights_digest
 
 # Below this a feature's deviation is rounding: dividing by it would turn noise into a feature.
 MIN_STD = 1e-3
@@ -142,29 +138,6 @@ class FrozenTokenEncoder(TokenEncoder):
             self.prepare(full.requires_grad_(False).eval())
             self._frozen.append(full)
         return self._frozen[0].to(self.mean.device)
-
-
-def local_folder(model: str, revision: str | None, *patterns: str) -> Path:
-    """The folder of a pre-trained model, fetched from the hub (files matching ``patterns``) if it is not one here."""
-    folder = Path(resolve(model))
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"model={model!r} is neither a folder here nor a model that could be fetched from the hub "
-            f"({type(error).__name__}): check the name and the network, or give the path of a local folder"
-        ) from error
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of ``model.safetensors``; of its shards' digests, in order, if there are several."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder.name} holds no model.safetensors: give a folder or a hub model with safetensors")
-    digests = [sha256(file) for file in files]
-    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 class PretrainedTokenEncoder(FrozenTokenEncoder):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ldlm.layers import Resampler, TransformerBlock, initialise, sinusoids
 
 
-class LatentEncoder(nn.Module, abc.ABC):
-    """Maps hidden states to latents.
+class LatentCoder(nn.Module, abc.ABC):
+    """What latent encoders and decoders have in common: their sizes.
 
     Args:
         hidden_size: Width h of the token encoder.
@@ -29,26 +29,18 @@ class LatentEncoder(nn.Module, abc.ABC):
         self.hidden_size = hidden_size
         self.latent_size = latent_size
         self.num_latents = num_latents
+
+
+class LatentEncoder(LatentCoder):
+    """Maps hidden states to latents; arguments as in `LatentCoder`."""
 
     @abc.abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states [b n h] -> latents z0 [b m d]."""
 
 
-class LatentDecoder(nn.Module, abc.ABC):
-    """Maps latents back to hidden states.
-
-    Args:
-        hidden_size: Width h of the token encoder.
-        latent_size: Width d of a latent vector.
-        num_latents: Latent vectors a row, m.
-    """
-
-    def __init__(self, hidden_size: int, latent_size: int, num_latents: int) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.latent_size = latent_size
-        self.num_latents = num_latents
+class LatentDecoder(LatentCoder):
+    """Maps latents back to hidden states; arguments as in `LatentCoder`."""
 
     @abc.abstractmethod
     def forward(self, z: Tensor) -> Tensor:

@@ -175,6 +175,7 @@ class LDLM(Storage):
         """Refuse to train without the recipe's callbacks; measure the hidden states' statistics, once."""
         if self.gamma is None:
             raise ValueError(MISSING_WARMUP)
+        self._last_step = -1  # a second fit may begin with the step at which the first one ended
         if isinstance(self.timesteps, AdaptiveTimesteps) and self.refresh_every is None:
             raise ValueError(
                 "AdaptiveTimesteps are never refreshed without their callback, and would stay uniform: add "

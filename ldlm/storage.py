@@ -26,9 +26,9 @@ from ldlm.checkpoints import (
     read_json,
     unpack_tokenizer,
 )
-from ldlm.encoders import local_folder
 from ldlm.files import write_atomically
 from ldlm.generation import Generation
+from ldlm.hub import local_folder
 
 
 class Storage(Generation):
@@ -68,6 +68,9 @@ class Storage(Generation):
             for name, average in self.averaged.items():
                 average.copy_(checkpoint["state_dict"][name])
             checkpoint["state_dict"] = checkpoint["state_dict"] | checkpoint["raw_parameters"]
+        elif self.averaged is not None and self.trainer.training:  # averaging begins with this run
+            for name, average in self.averaged.items():
+                average.copy_(checkpoint["state_dict"][name])
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu") -> Self:  # type: ignore[override]

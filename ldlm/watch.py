@@ -85,8 +85,8 @@ class SampleLogger(L.Callback):
         self.nfe = nfe
         self.seed = seed
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Rank 0 generates; the others go on."""
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rank 0 generates, while `EMA` has the averaged parameters in place; the others go on."""
         model = as_ldlm(pl_module)
         writer = tensorboard(trainer)
         if writer is None or trainer.sanity_checking or model.tokenizer is None:

@@ -1,0 +1,142 @@
+"""Sampling from a model: what is drawn, how often the denoiser is called, and what a text is."""
+
+import pytest
+import torch
+from tiny import LATENT, LENGTH, WORDS, generator, make_model, make_tokenizer, rows
+from torch import Tensor
+
+from ldlm import noise
+from ldlm.module import LDLM
+from ldlm.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama, LogSNRGrid, UniformGrid
+
+
+class Calls:
+    """Counts the denoiser's calls and rows, and keeps what it was told last."""
+
+    def __init__(self, model: LDLM) -> None:
+        self.rows: list[int] = []
+        self.conditions: list[Tensor] = []
+        self.answers: list[Tensor] = []
+        model.denoiser.register_forward_hook(self)
+
+    def __call__(self, _module, inputs, output) -> None:
+        self.rows.append(len(inputs[0]))
+        self.conditions.append(inputs[2].clone())
+        self.answers.append(output.clone())
+
+
+def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
+    model = make_model(tokenizer=make_tokenizer())
+    first, again, other = (model.generate(5, nfe=6, seed=seed, temperature=1.0) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+    assert len(set(first)) == 5
+
+
+@pytest.mark.parametrize("sampler", [EulerMaruyama(), DDIM()])
+def test_the_first_texts_do_not_depend_on_how_many_are_asked_for(sampler):
+    model = make_model()
+    arguments = {"nfe": 5, "sampler": sampler, "batch_size": 4, "temperature": 1.0}
+    many = model.sample_tokens(11, **arguments)
+    for count in (1, 3, 4, 5, 8):
+        assert torch.equal(model.sample_tokens(count, **arguments), many[:count])
+    assert many.shape == (11, LENGTH)
+
+
+@pytest.mark.parametrize("sampler", [EulerMaruyama(), Ancestral(), DDIM(), DPMSolver2M()])
+@pytest.mark.parametrize("nfe", [1, 2, 7])
+def test_the_denoiser_is_called_exactly_nfe_times_a_batch(sampler, nfe):
+    model, steps = make_model(), []
+    calls = Calls(model)
+    batches = list(model.sample_batches(7, nfe, sampler, UniformGrid(), batch_size=3, on_step=steps.append))
+    assert calls.rows == [3] * (3 * nfe)
+    assert steps == [*range(1, nfe + 1)] * 3
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+
+
+def test_the_samplers_answer_is_decoded_without_noise():
+    model = make_model(sigma_dec=100.0, self_conditioning=0.0)
+    calls = Calls(model)
+    tokens = model.sample_tokens(2, nfe=4, batch_size=2)
+    assert torch.equal(tokens, model.token_decoder(model.latent_decoder(calls.answers[-1])).argmax(-1))
+
+
+def test_the_noise_is_that_of_the_seed_and_the_batch():
+    model = make_model(sampler=DDIM())
+    z0_hat = []
+    for batch in range(2):
+        source = noise.generator(9, "generate", batch)
+        start = torch.randn(3, LENGTH, LATENT, generator=source)
+        z0_hat.append(DDIM().sample(model.denoiser, model.schedule, start, 4, source, UniformGrid()))
+    with torch.no_grad():
+        want = model.decode(torch.cat(z0_hat))
+    assert torch.equal(model.sample_tokens(6, nfe=4, seed=9, batch_size=3), want)
+
+
+def test_the_models_own_sampler_and_grid_are_used_unless_others_are_given():
+    arguments = {"nfe": 4, "batch_size": 4, "temperature": 1.0}
+    one = make_model(sampler=DDIM(), grid=LogSNRGrid())
+    other = make_model(sampler=Ancestral(), grid=UniformGrid())
+    given = other.sample_tokens(4, sampler=DDIM(), grid=LogSNRGrid(), **arguments)
+    assert torch.equal(one.sample_tokens(4, **arguments), given)
+    assert not torch.equal(other.sample_tokens(4, **arguments), given)
+
+
+def test_the_last_prediction_is_carried_and_zeros_where_self_conditioning_is_off():
+    for share, carried in ((0.5, True), (0.0, False)):
+        model = make_model(self_conditioning=share)
+        calls = Calls(model)
+        model.sample_tokens(2, nfe=3, batch_size=2)
+        assert not calls.conditions[0].any()
+        for condition, before in zip(calls.conditions[1:], calls.answers, strict=False):
+            assert torch.equal(condition, before if carried else torch.zeros_like(before))
+
+
+def test_neither_encoder_runs_while_generating():
+    model = make_model(tokenizer=make_tokenizer())
+    for part in (model.token_encoder, model.latent_encoder):
+        part.register_forward_hook(lambda *_: 1 / 0)
+    assert len(model.generate(2, nfe=2)) == 2
+    with pytest.raises(ZeroDivisionError):
+        model.encode(rows(1))
+
+
+def test_a_higher_temperature_draws_more_different_tokens_and_0_is_the_argmax():
+    model = make_model()
+    with torch.no_grad():
+        model.token_decoder.head.weight.mul_(20)
+    cold, cool, hot = (model.sample_tokens(64, nfe=2, batch_size=64, temperature=t) for t in (0.0, 0.01, 100.0))
+    assert (cold == cool).float().mean() > 0.95
+    assert torch.bincount(hot.flatten(), minlength=40).min() > 0  # 512 draws, nearly even over 40 tokens
+
+
+@pytest.mark.parametrize("name", ["num_samples", "nfe", "batch_size"])
+@pytest.mark.parametrize("count", [0, -2])
+def test_counts_below_1_are_refused(name, count):
+    arguments = {"num_samples": 2, "nfe": 2, "batch_size": 2, name: count}
+    with pytest.raises(ValueError, match=f"{name}={count} must be at least 1"):
+        make_model(tokenizer=make_tokenizer()).generate(**arguments)
+
+
+def test_texts_are_words_without_special_tokens_and_need_a_tokenizer():
+    model = make_model(tokenizer=make_tokenizer())
+    assert model.to_text(torch.tensor([[1, 3, 4, 2, 39, 2], [2, 2, 2, 1, 1, 1]])) == ["word0 word1 word36", ""]
+    assert WORDS[36] == "word36"
+    with pytest.raises(ValueError, match=r"has no tokenizer to make text with: give LDLM\(tokenizer=\.\.\.\)"):
+        make_model().generate(1, nfe=1)
+
+
+def test_generating_leaves_no_gradient_and_the_global_random_state_alone():
+    model = make_model()
+    torch.manual_seed(11)
+    want = torch.rand(3)
+    torch.manual_seed(11)
+    model.sample_tokens(3, nfe=3)
+    assert torch.equal(torch.rand(3), want)
+    seen = []
+    model.denoiser.register_forward_hook(lambda _m, _i, output: seen.append(output.requires_grad))
+    draw = generator()
+    for _ in model.sample_batches(2, nfe=2):
+        assert torch.is_grad_enabled()
+    assert seen == [False, False]
+    assert torch.rand(1, generator=draw) == torch.rand(1, generator=generator())

@@ -1,0 +1,99 @@
+"""The house keeps its order: what imports what, how long files are, and what a light command may load."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WING = Path(__file__).parent.parent / "ldlm"
+# Reading order is import order.
+ORDER = [
+    "files", "hub", "noise", "corpus", "rows", "packing", "data",
+    "layers", "encoders", "latents", "schedules", "timesteps", "denoiser", "samplers", "decoders",
+    "checkpoints", "objective", "generation", "storage", "module", "callbacks", "figures", "watch",
+    "testing", "texts", "cli", "training", "__main__",
+]  # fmt: skip
+# Commands are dispatched before anything heavy is imported, so this file imports inside functions, and what it likes.
+LAZY = "cli"
+HEAVY = ("torch", "lightning", "transformers", "datasets", "numpy", "matplotlib", "jsonargparse")
+
+
+def rooms_imported(path: Path) -> list[tuple[str, bool]]:
+    """Which files of the package a file imports, and whether at the top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} line {node.lineno}: import by full name"
+            if node.module == "ldlm":
+                names = [alias.name for alias in node.names if not alias.name.startswith("__")]
+            elif node.module.startswith("ldlm."):
+                names = [node.module.split(".")[1]]
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ldlm.")]
+        found += [(name, node in tree.body) for name in names]
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(path for path in WING.glob("*.py") if path.name != "__init__.py")
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert sorted(path.stem for path in files()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
+def test_a_file_imports_only_from_files_above_it(path):
+    above = ORDER[: ORDER.index(path.stem)]
+    for name, at_the_top in rooms_imported(path):
+        if not at_the_top:
+            assert path.stem == LAZY, f"{path.name} imports {name} inside a function"
+        else:
+            assert name in above, f"{path.name} imports {name}, which stands below it"
+
+
+def test_the_order_is_not_kept_for_want_of_imports():
+    assert sum(len(rooms_imported(path)) for path in files()) > 50
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
+def test_a_file_has_at_most_300_lines_a_docstring_and_no_probing(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    assert ast.get_docstring(ast.parse(text))
+    assert "hasattr(" not in text
+
+
+def test_the_first_wing_is_read_in_an_evening():
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 4500
+
+
+def test_there_is_no_room_for_odds_and_ends():
+    assert {"utils", "common", "base", "types", "registry", "helpers", "misc"}.isdisjoint(ORDER)
+
+
+def python(*words: str) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(WING.parent), *filter(None, sys.path)])}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def test_the_command_loads_nothing_heavy_before_it_needs_to():
+    loaded = python("-c", "import sys, ldlm.cli; print(*sys.modules)").split()
+    assert "ldlm.cli" in loaded
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_listing_the_recipes_takes_less_than_a_second():
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        start = time.perf_counter()
+        printed = python("-m", "ldlm", "presets")
+        seconds.append(time.perf_counter() - start)
+    assert [line.split()[0] for line in printed.splitlines()] == ["lm1b", "owt", "owt128", "quickstart"]
+    assert min(seconds) < 1

@@ -1,0 +1,290 @@
+"""The joint objective against a by-hand recomputation with the same draws, and the paths its gradients take."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import HIDDEN, LATENT, LENGTH, TimeOnlyDenoiser, generator, make_model, rows
+from torch import Tensor, nn
+
+from ldlm.latents import IdentityDecoder, IdentityEncoder
+from ldlm.module import LDLM
+from ldlm.timesteps import UniformTimesteps
+
+
+def with_gamma(gamma: float | None, **changes) -> LDLM:
+    model = make_model(**changes)
+    model.gamma = None if gamma is None else torch.tensor(gamma)
+    return model
+
+
+def gradients(loss: Tensor, part: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(part.parameters()), retain_graph=True, allow_unused=True))
+
+
+class Watched(nn.Module):
+    """Writes down what a denoiser is given and what it gives."""
+
+    def __init__(self, model: LDLM) -> None:
+        super().__init__()
+        self.inner = model.denoiser
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.answers: list[Tensor] = []
+        model.denoiser = self
+
+    def forward(self, z_t: Tensor, t: Tensor, self_condition: Tensor) -> Tensor:
+        self.calls.append((z_t.detach().clone(), t.clone(), self_condition.clone()))
+        self.answers.append(self.inner(z_t, t, self_condition))
+        return self.answers[-1]
+
+
+# --- the values
+
+
+def test_the_three_losses_are_those_of_a_recomputation_by_hand():
+    weights = {"diffusion_weight": 0.5, "reconstruction_weight": 2.0, "token_weight": 0.25}
+    model = with_gamma(0.3, timesteps=UniformTimesteps(), sigma_dec=0.7, **weights)
+    model.token_encoder.fit_statistics([rows(20, seed=9)], 20)
+    tokens, draw = rows(6), generator(1)
+
+    u = (1 - torch.rand(6, generator=draw, dtype=torch.float64)).float()
+    eps, noise = (torch.randn(6, LENGTH, LATENT, generator=draw) for _ in range(2))
+    hidden = (model.token_encoder.table[tokens] - model.token_encoder.mean) / model.token_encoder.std
+    z0 = model.latent_encoder(hidden)
+    tangent = 3 * torch.tan(math.pi / 2 * u.double())
+    alpha, sigma = (1 / (1 + tangent**2).sqrt()).float(), (tangent / (1 + tangent**2).sqrt()).float()
+    z_t = torch.stack([alpha[i] * z0[i] + sigma[i] * eps[i] for i in range(6)])
+    condition = torch.zeros_like(z_t)
+    for i in (0, 2, 4):
+        condition[i] = model.denoiser(z_t[i : i + 1], u[i : i + 1], torch.zeros(1, LENGTH, LATENT))[0]
+    estimate = model.denoiser(z_t, u, condition)
+    errors = torch.stack([((z0[i] - estimate[i]) ** 2).sum() / (LENGTH * LATENT) for i in range(6)])
+    hidden_hat = model.latent_decoder(z0 + 0.7 * noise)
+    logits = model.token_decoder.head(hidden_hat)
+    nats = -logits.log_softmax(-1).gather(-1, tokens[..., None]).sum() / tokens.numel()
+    mse = ((hidden_hat - hidden) ** 2).sum() / hidden.numel()
+
+    losses = model.losses(tokens, generator(1))
+    torch.testing.assert_close(losses.rows, errors, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.diffusion, errors.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.reconstruction, mse, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.token, nats, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.total, 0.5 * errors.mean() + 2 * mse + 0.25 * nats, rtol=1e-5, atol=1e-6)
+    assert torch.equal(losses.z0, z0)
+    assert not losses.rows.requires_grad
+    assert not losses.z0.requires_grad
+
+
+def test_given_times_are_used_and_none_are_drawn():
+    model, tokens, u = with_gamma(1.0), rows(4), torch.tensor([0.2, 0.4, 0.6, 1.0])
+    watched = Watched(model)
+    draw = generator(3)
+    model.losses(tokens, draw, u)
+    eps = torch.randn(4, LENGTH, LATENT, generator=generator(3))
+    z_t, t, _ = watched.calls[-1]
+    assert torch.equal(t, u)
+    assert torch.equal(z_t[3], eps[3])  # alpha(1) = 0 and sigma(1) = 1 exactly
+
+
+def test_the_token_loss_on_a_fraction_of_positions_is_the_mean_over_those_positions():
+    model, tokens = with_gamma(1.0, token_fraction=0.25, self_conditioning=0.0), rows(4)
+    u, draw = torch.full((4,), 0.5), generator(2)
+    torch.randn(4, LENGTH, LATENT, generator=draw)
+    noise = torch.randn(4, LENGTH, LATENT, generator=draw)
+    chosen = torch.rand(4 * LENGTH, generator=draw).argsort()[:8]
+    hidden_hat = model.latent_decoder(model.encode(tokens) + noise)
+    want = F.cross_entropy(model.token_decoder(hidden_hat).flatten(0, 1)[chosen], tokens.flatten()[chosen])
+    torch.testing.assert_close(model.losses(tokens, generator(2), u).token, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("weight", "part"), [("diffusion", "denoiser"), ("token", "token_decoder")])
+def test_a_loss_of_weight_0_gives_its_own_part_no_gradient(weight, part):
+    model = with_gamma(1.0, **{f"{weight}_weight": 0.0})
+    losses = model.losses(rows(4), generator())
+    named = dict(model.named_parameters())
+    own = [p for name, p in named.items() if name.startswith(part) and p.requires_grad]
+    grads = torch.autograd.grad(losses.total, own, allow_unused=True) if own else []
+    assert all(g is None or not g.any() for g in grads)
+    others = {"diffusion": losses.reconstruction + losses.token, "token": losses.diffusion + losses.reconstruction}
+    torch.testing.assert_close(losses.total, others[weight])
+
+
+def test_a_reconstruction_weight_of_0_leaves_the_latent_decoder_without_gradient():
+    model = with_gamma(1.0, reconstruction_weight=0.0)
+    losses = model.losses(rows(4), generator())
+    assert all(g is None for g in gradients(losses.total, model.latent_decoder))
+    torch.testing.assert_close(losses.total, losses.diffusion + losses.token)
+
+
+def test_the_identity_pair_reconstructs_with_the_variance_of_the_decoder_noise():
+    model = with_gamma(
+        1.0,
+        latent_encoder=IdentityEncoder(HIDDEN, LENGTH),
+        latent_decoder=IdentityDecoder(HIDDEN, LENGTH),
+        denoiser=TimeOnlyDenoiser(HIDDEN, LENGTH),
+        sigma_dec=2.0,
+    )
+    losses = model.losses(rows(256), generator())
+    elements = 256 * LENGTH * HIDDEN
+    assert losses.reconstruction.item() == pytest.approx(4.0, rel=5 * math.sqrt(2 / elements))
+
+
+# --- the paths of the gradients
+
+
+def plain_diffusion(model: LDLM, tokens: Tensor, u: Tensor) -> Tensor:
+    """Eq. 25 with no warm-up anywhere: the whole gradient reaches the latent encoder."""
+    eps = torch.randn(len(tokens), LENGTH, LATENT, generator=generator(4))
+    z0 = model.latent_encoder(model.token_encoder(tokens))
+    z_t = model.schedule.alpha(u)[:, None, None] * z0 + model.schedule.sigma(u)[:, None, None] * eps
+    with torch.no_grad():
+        condition = model.denoiser(z_t, u, torch.zeros_like(z_t))
+        condition[1::2] = 0
+    return (z0 - model.denoiser(z_t, u, condition)).square().mean()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 0.3, 1.0])
+def test_gamma_scales_the_encoders_gradient_of_the_diffusion_loss_and_nothing_else(gamma):
+    model, tokens, u = with_gamma(gamma), rows(4), torch.tensor([0.05, 0.2, 0.5, 0.9])
+    plain = plain_diffusion(model, tokens, u)
+    loss = model.losses(tokens, generator(4), u).diffusion
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    for got, want in zip(gradients(loss, model.denoiser), gradients(plain, model.denoiser), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    pairs = list(zip(gradients(loss, model.latent_encoder), gradients(plain, model.latent_encoder), strict=True))
+    assert sum(want.abs().sum().item() for _, want in pairs) > 1e-2
+    for got, want in pairs:
+        torch.testing.assert_close(got, gamma * want, rtol=1e-4, atol=1e-7)
+        assert gamma > 0 or not got.any()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 0.3])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_gamma_changes_no_value_and_no_bit_of_the_denoisers_gradient(gamma, bfloat16):
+    results = []
+    for value in (gamma, 1.0):
+        model = with_gamma(value)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            losses = model.losses(rows(4), generator(4))
+        encoder = gradients(losses.diffusion, model.latent_encoder)
+        results.append((losses.diffusion, losses.total, gradients(losses.diffusion, model.denoiser), encoder))
+    (diffusion, total, denoiser, encoder), (diffusion1, total1, denoiser1, encoder1) = results
+    assert torch.equal(diffusion, diffusion1)
+    assert torch.equal(total, total1)
+    assert all(torch.equal(got, want) for got, want in zip(denoiser, denoiser1, strict=True))
+    if gamma in (0.0, 0.25):  # powers of two commute with rounding
+        assert all(torch.equal(got, gamma * want) for got, want in zip(encoder, encoder1, strict=True))
+
+
+def test_in_bfloat16_the_denoiser_gets_its_gradient_although_it_ran_without_one_before():
+    # autocast caches the cast weights: a cache filled under no_grad would give the denoiser no gradient
+    grads = []
+    for bfloat16 in (False, True):
+        model = with_gamma(1.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            losses = model.losses(rows(4), generator(4))
+        grads.append(torch.cat([g.flatten() for g in gradients(losses.diffusion, model.denoiser)]))
+    assert F.cosine_similarity(grads[0], grads[1], dim=0).item() > 0.999
+    assert (grads[1].norm() / grads[0].norm()).item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_token_loss_gives_latent_encoder_and_decoder_exactly_zero():
+    model = with_gamma(1.0)
+    losses = model.losses(rows(4), generator())
+    for part in (model.latent_encoder, model.latent_decoder, model.denoiser):
+        assert all(g is None for g in gradients(losses.token, part))
+    assert all(g.any() for g in gradients(losses.token, model.token_decoder))
+
+
+def test_with_token_gradient_the_token_loss_gives_them_the_gradient_of_plain_cross_entropy():
+    model, tokens = with_gamma(1.0, token_gradient=True, sigma_dec=0.0), rows(4)
+    loss = model.losses(tokens, generator()).token
+    logits = model.token_decoder(model.latent_decoder(model.encode(tokens)))
+    plain = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    for part in (model.latent_encoder, model.latent_decoder):
+        for got, want in zip(gradients(loss, part), gradients(plain, part), strict=True):
+            assert want.any()
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
+def test_the_reconstruction_loss_gives_the_latent_encoder_its_whole_gradient_whatever_gamma():
+    model, tokens = with_gamma(0.0, sigma_dec=0.0), rows(4)
+    loss = model.losses(tokens, generator()).reconstruction
+    hidden = model.token_encoder(tokens)
+    plain = (model.latent_decoder(model.latent_encoder(hidden)) - hidden).square().mean()
+    for got, want in zip(gradients(loss, model.latent_encoder), gradients(plain, model.latent_encoder), strict=True):
+        assert want.any()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
+def test_an_unset_gamma_names_the_callback_that_sets_it_and_is_not_needed_without_gradients():
+    model = with_gamma(None)
+    with pytest.raises(ValueError, match=r"gamma.* is unset: add DiffusionToEncoderWarmup\(steps=\.\.\.\)"):
+        model.losses(rows(4), generator())
+    with torch.no_grad():
+        without = model.losses(rows(4), generator(2))
+        model.gamma = torch.tensor(1.0)
+        assert torch.equal(without.total, model.losses(rows(4), generator(2)).total)
+
+
+# --- self-conditioning
+
+
+def test_even_rows_see_their_own_first_estimate_and_odd_rows_see_zeros():
+    model = with_gamma(1.0)
+    watched = Watched(model)
+    model.losses(rows(6), generator())
+    (z_even, u_even, first), (z_t, u, condition) = watched.calls
+    assert torch.equal(first, torch.zeros(3, LENGTH, LATENT))
+    assert torch.equal(z_even, z_t[0::2])
+    assert torch.equal(u_even, u[0::2])
+    assert torch.equal(condition[0::2], watched.answers[0])
+    assert condition[0::2].any()
+    assert not condition[1::2].any()
+    assert not watched.answers[0].requires_grad
+    assert watched.answers[1].requires_grad
+
+
+@pytest.mark.parametrize(("count", "share"), [(601, 0.5), (600, 0.2), (600, 1.0)])
+def test_batches_of_odd_size_and_other_probabilities_throw_a_coin_for_each_row(count, share):
+    model = with_gamma(1.0, self_conditioning=share)
+    watched = Watched(model)
+    model.losses(rows(count), generator(), torch.full((count,), 0.5))
+    condition = watched.calls[1][2]
+    draw = generator()
+    torch.randn(count, LENGTH, LATENT, generator=draw)
+    coins = torch.rand(count, generator=draw) < share
+    assert torch.equal(condition.flatten(1).any(1), coins)
+    assert torch.equal(condition[coins], watched.answers[0][coins])
+    assert coins.float().mean().item() == pytest.approx(share, abs=4 * math.sqrt(0.25 / count))
+
+
+def test_switched_off_the_denoiser_is_called_once_and_sees_zeros():
+    model = with_gamma(1.0, self_conditioning=0.0)
+    watched = Watched(model)
+    model.losses(rows(6), generator())
+    assert len(watched.calls) == 1
+    assert not watched.calls[0][2].any()
+
+
+# --- encode and decode
+
+
+def test_decode_adds_no_noise_and_draws_only_at_a_temperature():
+    model, tokens = with_gamma(None, sigma_dec=5.0), rows(4)
+    z0 = model.encode(tokens)
+    draw = generator(8)
+    want = model.token_decoder(model.latent_decoder(z0)).argmax(-1)
+    assert torch.equal(model.decode(z0, generator=draw), want)
+    assert torch.equal(draw.get_state(), generator(8).get_state())
+    model.decode(z0, temperature=1.0, generator=draw)
+    assert not torch.equal(draw.get_state(), generator(8).get_state())
+
+
+def test_latents_are_float32_under_bfloat16_and_close_to_the_ones_without():
+    model, tokens = with_gamma(None), rows(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.encode(tokens)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, model.encode(tokens), rtol=0.02, atol=0.03)

@@ -1,0 +1,144 @@
+"""A language model of a few thousand weights with every part of the real one, and what it takes to train it."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from ldlm.data import PackedTextDataModule
+from ldlm.decoders import LinearTokenDecoder
+from ldlm.denoiser import Denoiser, DiT
+from ldlm.encoders import TokenEncoder
+from ldlm.latents import PerceiverResamplerDecoder, PerceiverResamplerEncoder
+from ldlm.module import LDLM
+
+VOCAB, HIDDEN, LENGTH, LATENT = 40, 16, 8, 12
+WORDS = [f"word{i}" for i in range(VOCAB - 3)]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(count: int, seed: int = 0, length: int = LENGTH) -> Tensor:
+    return torch.randint(0, VOCAB, (count, length), generator=generator(seed))
+
+
+class FixedTokenEncoder(TokenEncoder):
+    """A frozen table of vectors that are neither centred nor scaled; stands for somebody's own encoder."""
+
+    table: Tensor
+
+    def __init__(self, hidden_size: int = HIDDEN, vocab_size: int = VOCAB, seed: int = 0) -> None:
+        super().__init__(hidden_size, vocab_size)
+        self.seed = seed
+        table = 3 * torch.randn(vocab_size, hidden_size, generator=generator(seed)) + 1
+        self.register_buffer("table", table, persistent=False)
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        return self.table[tokens]
+
+    def embeddings(self) -> Tensor:
+        return self.table
+
+
+class TimeOnlyDenoiser(Denoiser):
+    """Its estimate depends on t alone, so that no loss depends on the noise that was drawn."""
+
+    def __init__(self, latent_size: int = LATENT, num_latents: int = LENGTH) -> None:
+        super().__init__(latent_size, num_latents)
+        self.slope = torch.nn.Parameter(torch.ones(num_latents, latent_size))
+
+    def forward(self, z_t: Tensor, t: Tensor, self_condition: Tensor) -> Tensor:
+        return t[:, None, None] * self.slope
+
+
+def make_model(seed: int = 0, shake: float = 0.1, **changes: Any) -> LDLM:
+    """A tiny LDLM; `shake` moves all weights off their start, at which much is zero."""
+    torch.manual_seed(seed)
+    parts: dict[str, Any] = {
+        "token_encoder": FixedTokenEncoder(),
+        "latent_encoder": PerceiverResamplerEncoder(HIDDEN, LATENT, LENGTH, width=16, layers=1, heads=2),
+        "latent_decoder": PerceiverResamplerDecoder(HIDDEN, LATENT, LENGTH, width=16, layers=1, heads=2),
+        "denoiser": DiT(LATENT, LENGTH, width=16, layers=1, heads=2),
+        "token_decoder": LinearTokenDecoder(HIDDEN, VOCAB),
+        "sequence_length": LENGTH,
+        "sigma_dec": 1.0,
+        "statistics_rows": 8,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+    }
+    model = LDLM(**(parts | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(shake * torch.randn_like(parameter))
+    return model
+
+
+def make_trainer(folder: Path, callbacks: list[L.Callback], **changes: Any) -> L.Trainer:
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 6,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": str(folder),
+        "callbacks": callbacks,
+    }
+    return L.Trainer(**(arguments | changes))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token, 40 of them, [BOS] and [EOS] among them."""
+    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    words = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def make_data(folder: Path, batch_size: int = 4, **changes: Any) -> PackedTextDataModule:
+    """27 rows of 8 tokens, 3 of them held out."""
+    file = folder / "texts.txt"
+    if not file.exists():
+        text = torch.randint(0, len(WORDS), (30, 5), generator=generator(5)).tolist()
+        file.write_text("\n\n".join(" ".join(WORDS[i] for i in line) for line in text))
+    arguments: dict[str, Any] = {"dataset": str(file), "tokenizer": make_tokenizer(), "sequence_length": LENGTH}
+    arguments |= {"batch_size": batch_size, "validation": 0.1, "cache_dir": str(folder / "cache")}
+    return PackedTextDataModule(**(arguments | changes))
+
+
+def make_pretrained(family: str, folder: Path) -> PreTrainedModel:
+    """A randomly initialised transformers model of 4 blocks, saved into `folder`; its norms are moved off 1 and 0."""
+    torch.manual_seed(0)
+    model: PreTrainedModel
+    if family == "gpt2":
+        model = GPT2Model(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=HIDDEN, n_layer=4, n_head=2))
+    elif family == "bert":
+        sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+        model = BertModel(BertConfig(vocab_size=VOCAB, hidden_size=HIDDEN, max_position_embeddings=32, **sizes))
+    else:
+        sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+        model = LlamaModel(LlamaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, max_position_embeddings=32, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model.eval()
