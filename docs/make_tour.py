@@ -107,8 +107,9 @@ print(f"loss {(z0 - z0_hat).square().mean():.4f}, mean square of z0 {z0.square()
         """## Latents to tokens
 
 On the other branch a fixed amount of noise is added, sigma_dec, so that the decoders learn to live with a denoiser's
-errors. The latent decoder estimates the hidden states, the token decoder the tokens. Here the latter is one linear layer
-that starts at the encoder's own embeddings: true hidden states it can read at once, a fresh latent decoder's it cannot.""",
+errors. The latent decoder estimates the hidden states, the token decoder the tokens. Here the latter is one linear
+layer that starts at the encoder's own embeddings: true hidden states it can read at once, a fresh latent decoder's it
+cannot.""",
         """
 import math
 
@@ -166,16 +167,16 @@ for step in (0, 600, 800, 1000):
         """## Training
 
 A plain Lightning `Trainer` with two callbacks: one sets γ, one feeds the losses to the timestep sampler and refreshes
-it. Twenty steps are next to nothing, but the losses move.""",
+it. Ten steps are next to nothing, but the losses move.""",
         """
 import lightning as L
 
 from ldlm.callbacks import AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
 
 trainer = L.Trainer(
-    max_steps=20, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+    max_steps=10, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-    callbacks=[DiffusionToEncoderWarmup(steps=20), AdaptiveTimestepUpdate(every_n_steps=10)],
+    callbacks=[DiffusionToEncoderWarmup(steps=1000), AdaptiveTimestepUpdate(every_n_steps=5)],
 )
 trainer.fit(model, data)
 with torch.no_grad():
@@ -190,17 +191,19 @@ for name in ("diffusion", "reconstruction", "token"):
 The timestep sampler draws times where the loss rises fastest. F is its distribution function, and F(t) is called the
 adapted time; samplers can follow it, too.""",
         """
+from ldlm.samplers import UniformGrid
+
 q = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
 print("a quarter of the draws lies between each two of", [round(t, 3) for t in model.timesteps.inverse_cdf(q).tolist()])
-print("the calls of 4-call sampling, uniform:", [0.01, 0.258, 0.505, 0.752, 1.0][::-1][:4])
-print("the calls of 4-call sampling, adapted:",
-      [round(t, 3) for t in AdaptedGrid().times(4, schedule, model.timesteps).tolist()[:4]])
+for grid in (UniformGrid(), AdaptedGrid()):
+    times = grid.times(4, schedule, model.timesteps).tolist()
+    print("four calls on", type(grid).__name__, "stand at", [round(t, 3) for t in times[:4]])
 """,
     ),
     (
         """## Generation
 
-From Gaussian noise, with `nfe` calls of the denoiser. Neither token encoder nor latent encoder takes part. After twenty
+From Gaussian noise, with `nfe` calls of the denoiser. Neither token encoder nor latent encoder takes part. After ten
 steps these are words and nothing more; the quickstart trains for longer.""",
         """
 for text in model.generate(2, nfe=16, seed=0, batch_size=2):

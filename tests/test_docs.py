@@ -1,0 +1,47 @@
+"""The tour is what its script makes, and the pages of the site are all there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+TOUR = (DOCS / "tour.md").read_text(encoding="utf-8")
+
+
+def make_tour():
+    spec = importlib.util.spec_from_file_location("make_tour", DOCS / "make_tour.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_numbers(page: str) -> str:
+    """A page with numbers, generated texts and runs of spaces made the same: they depend on the machine."""
+    page = re.sub(r"^'.*'$", "'text'", page, flags=re.M)
+    page = re.sub(r"[-+]?(\d[\d,]*(\.\d+)?(e[-+]?\d+)?|\binf\b)", "#", page)
+    return re.sub(r" +", " ", page)
+
+
+def test_the_tour_has_the_prose_and_the_code_of_its_script():
+    script = make_tour()
+    page = re.sub(r"\n\n```text\n.*?\n```", "", TOUR, flags=re.S).rstrip("\n")
+    pieces = [script.INTRODUCTION]
+    for prose, code in script.STEPS:
+        pieces += [prose, f"```python\n{code.strip()}\n```"]
+    assert page == "\n\n".join(pieces)
+    assert TOUR.count("```text\n") == len(script.STEPS) > 10
+
+
+@pytest.mark.slow
+def test_the_tour_is_what_its_script_prints_but_for_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDLM_CACHE", str(tmp_path))
+    assert without_numbers(make_tour().make_page()) == without_numbers(TOUR)
+
+
+def test_the_reference_names_every_file_of_the_package_that_a_script_may_import():
+    named = set(re.findall(r"^::: ldlm\.(\w+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.M))
+    there = {path.stem for path in (DOCS.parent / "ldlm").glob("*.py")}
+    assert there - named == {"__init__", "__main__", "cli", "training", "texts"}
+    assert named <= there
