@@ -165,19 +165,7 @@ def generate(words: Sequence[str]) -> None:
 
     from ldlm.texts import write_texts
 
-    write_texts(
-        options.checkpoint,
-        num_samples=options.num_samples,
-        nfe=options.nfe,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        temperature=options.temperature,
-        sampler=options.sampler,
-        grid=options.grid,
-        output=options.output,
-        device=options.device,
-        bf16=options.precision == "bf16",
-    )
+    write_texts(options)
 
 
 OURS: dict[str, Callable[[Sequence[str]], None]] = {"generate": generate, "export": export, "presets": presets}

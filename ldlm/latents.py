@@ -9,10 +9,9 @@ No encoder here ends in a norm: z0 is not normalised before diffusion, its scale
 
 import abc
 
-import torch
 from torch import Tensor, nn
 
-from ldlm.layers import Resampler, TransformerBlock, initialise, sinusoids
+from ldlm.layers import Resampler, Transformer
 
 
 class LatentCoder(nn.Module, abc.ABC):
@@ -84,17 +83,7 @@ class PerceiverResamplerEncoder(LatentEncoder):
 
 
 class PerceiverResamplerDecoder(LatentDecoder):
-    """The paper's latent decoder: a second resampler, from latents to hidden states.
-
-    Args:
-        hidden_size: Width h of the token encoder.
-        latent_size: Width d of a latent vector.
-        sequence_length: Tokens a row, n.
-        num_latents: Latent vectors a row, m; None for one a token, as in the paper.
-        width: Width of the resampler.
-        layers: Number of blocks.
-        heads: Attention heads; must divide ``width``.
-    """
+    """The paper's latent decoder: a second resampler, back from latents; arguments as in the encoder."""
 
     def __init__(
         self,
@@ -117,31 +106,6 @@ class PerceiverResamplerDecoder(LatentDecoder):
         """[b m d] -> [b n h]."""
         out: Tensor = self.resampler(z)
         return out
-
-
-class _Stack(nn.Sequential):
-    """Linear, learned positions, transformer blocks, LayerNorm, Linear: [b n in] -> [b n out]."""
-
-    def __init__(self, input_size: int, output_size: int, length: int, width: int, layers: int, heads: int) -> None:
-        super().__init__(
-            nn.Linear(input_size, width),
-            _Positions(length, width),
-            *(TransformerBlock(width, heads) for _ in range(layers)),
-            nn.LayerNorm(width),
-            nn.Linear(width, output_size),
-        )
-        self.apply(initialise)
-
-
-class _Positions(nn.Module):
-    """Adds a learned vector to each position: [b n d] -> [b n d]."""
-
-    def __init__(self, length: int, width: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(sinusoids(torch.arange(length), width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.table
 
 
 class SelfAttentionEncoder(LatentEncoder):
@@ -170,25 +134,16 @@ class SelfAttentionEncoder(LatentEncoder):
         self.width = width
         self.layers = layers
         self.heads = heads
-        self.stack = _Stack(hidden_size, latent_size, sequence_length, width, layers, heads)
+        self.transformer = Transformer(hidden_size, sequence_length, width, latent_size, layers, heads)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b n h] -> z0 [b n d]."""
-        out: Tensor = self.stack(hidden)
+        out: Tensor = self.transformer(hidden)
         return out
 
 
 class SelfAttentionDecoder(LatentDecoder):
-    """Bidirectional self-attention from latents to hidden states (App. B.4): m = n.
-
-    Args:
-        hidden_size: Width h of the token encoder.
-        latent_size: Width d of a latent vector.
-        sequence_length: Tokens a row, n, which is also the number of latents.
-        width: Width of the transformer.
-        layers: Number of blocks.
-        heads: Attention heads; must divide ``width``.
-    """
+    """Bidirectional self-attention from latents to hidden states (App. B.4); arguments as in the encoder."""
 
     def __init__(
         self,
@@ -204,11 +159,11 @@ class SelfAttentionDecoder(LatentDecoder):
         self.width = width
         self.layers = layers
         self.heads = heads
-        self.stack = _Stack(latent_size, hidden_size, sequence_length, width, layers, heads)
+        self.transformer = Transformer(latent_size, sequence_length, width, hidden_size, layers, heads)
 
     def forward(self, z: Tensor) -> Tensor:
         """[b n d] -> [b n h]."""
-        out: Tensor = self.stack(z)
+        out: Tensor = self.transformer(z)
         return out
 
 
@@ -230,12 +185,7 @@ class IdentityEncoder(LatentEncoder):
 
 
 class IdentityDecoder(LatentDecoder):
-    """The latents are the hidden states: no parameters.
-
-    Args:
-        hidden_size: Width h of the token encoder, which is also d.
-        sequence_length: Tokens a row, n, which is also the number of latents.
-    """
+    """The latents are the hidden states: no parameters; arguments as in the encoder."""
 
     def __init__(self, hidden_size: int = 768, sequence_length: int = 128) -> None:
         super().__init__(hidden_size, hidden_size, sequence_length)

@@ -181,6 +181,26 @@ class Resampler(nn.Module):
         return out
 
 
+class Transformer(nn.Module):
+    """Linear, learned positions, bidirectional blocks, LayerNorm, Linear: [b n input_width] -> [b n output_width]."""
+
+    def __init__(
+        self, input_width: int, num_inputs: int, width: int, output_width: int, layers: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.input = nn.Linear(input_width, width)
+        self.positions = nn.Parameter(sinusoids(torch.arange(num_inputs), width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, output_width)
+        self.apply(initialise)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[b n input_width] -> [b n output_width]."""
+        out: Tensor = self.out(self.norm(self.blocks(self.input(inputs) + self.positions)))
+        return out
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoid of 1000 t, then an MLP: [b] -> [b d]."""
 

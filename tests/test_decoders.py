@@ -84,6 +84,10 @@ def test_under_bfloat16_the_loss_is_float32_and_not_rounded_to_bfloat16(monkeypa
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
     assert want != want.bfloat16().float()
+    whole = decoder.bfloat16().loss(hidden.bfloat16(), tokens)  # weights in bfloat16, and no autocast to help
+    assert whole.dtype == torch.float32
+    want = F.cross_entropy(decoder(hidden.bfloat16()).flatten(0, 1).float(), tokens.flatten())
+    torch.testing.assert_close(whole, want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "transformer"])
