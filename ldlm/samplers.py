@@ -102,14 +102,15 @@ class MixedGrid(TimeGrid):
     """Quantiles of a mixture: in any stretch of t as many times as `first` and `second` would put there, weighted.
 
     Args:
-        first: a grid; `AdaptedGrid`, say, which crowds the noise at which a latent is decided.
-        second: another; `LogSNRGrid`, say, which crowds the low noise at which it is refined.
+        first: a grid, such as `AdaptedGrid`, which crowds the noise at which a latent is decided; None, `UniformGrid`.
+        second: another; None, `LogSNRGrid`, which crowds the low noise at which it is refined.
         weight: the share of steps that follow `first`, in [0, 1], else ValueError.
     """
 
     _DENSE = 4096  # steps in which the two grids are compared: four to a step of 1,024 calls
 
-    def __init__(self, first: TimeGrid, second: TimeGrid, weight: float = 0.5) -> None:
+    def __init__(self, first: TimeGrid | None = None, second: TimeGrid | None = None, weight: float = 0.5) -> None:
+        first, second = first or UniformGrid(), second or LogSNRGrid()
         super().__init__(min(first.t_min, second.t_min))
         if not 0 <= weight <= 1:
             raise ValueError(

@@ -25,13 +25,14 @@ from ldlm.samplers import (
     DPMSolver2M,
     EulerMaruyama,
     LogSNRGrid,
+    MixedGrid,
     Sampler,
     TimeGrid,
     UniformGrid,
 )
 
 SAMPLERS = (EulerMaruyama, Ancestral, DDIM, DPMSolver2M)
-GRIDS = (UniformGrid, LogSNRGrid, AdaptedGrid)
+GRIDS = (UniformGrid, LogSNRGrid, AdaptedGrid, MixedGrid)
 
 
 def load(source: str) -> LDLM:

@@ -1,12 +1,12 @@
-"""Score a quickstart checkpoint: python tests/score.py CKPT [N] [NFE] [SEED].
+"""Score a quickstart checkpoint: python tests/score.py CKPT, --help for more.
 
 The protocol: SmolLM2-135M-Instruct.Q4_1 in float32 reads each text without special tokens and without BOS, the first
-token is not scored, and tokens are weighted equally; unigram entropy is over the model's own ids less specials, in nats;
-reconstruction is the share of held-out tokens that come back through latents without noise.
+token is not scored, and tokens are weighted equally; unigram entropy is over the model's own ids less specials, in
+nats; reconstruction is the share of held-out tokens that come back through latents without noise.
 """
 
+import argparse
 import math
-import sys
 from collections import Counter
 
 import torch
@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from ldlm.data import PackedTextDataModule
 from ldlm.files import package_path
 from ldlm.module import LDLM
+from ldlm.texts import GRIDS, SAMPLERS, named
 
 
 class Scorer:
@@ -64,18 +65,27 @@ def held_out(model: LDLM, count: int) -> torch.Tensor:
     return data.validation_dataset[list(range(count))]
 
 
-def main(path: str, count: int = 256, nfe: int = 64, seed: int = 0) -> None:
-    model = LDLM.load_from_checkpoint(path)
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Perplexity, entropy and reconstruction of a quickstart checkpoint.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("-n", type=int, default=256, help="rows")
+    parser.add_argument("--nfe", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampler", help="class in ldlm.samplers")
+    parser.add_argument("--grid", help="class in ldlm.samplers")
+    options = parser.parse_args()
+    model = LDLM.load_from_checkpoint(options.checkpoint)
     specials = set(model.tokenizer.all_special_ids)
-    real = held_out(model, count)
+    real = held_out(model, options.n)
+    sampler, grid = named(options.sampler, SAMPLERS), named(options.grid, GRIDS)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         accuracy = (model.decode(model.encode(real)) == real).float().mean().item()
-        rows = model.sample_tokens(count, nfe, seed=seed, batch_size=64)
+        rows = model.sample_tokens(options.n, options.nfe, sampler, grid, options.seed, batch_size=64)
     scorer = Scorer()
     print(f"generated: perplexity {scorer.perplexity(model.to_text(rows)):.1f}, entropy {entropy(rows, specials):.3f}")
     print(f"real:      perplexity {scorer.perplexity(model.to_text(real)):.1f}, entropy {entropy(real, specials):.3f}")
-    print(f"clean reconstruction {accuracy:.3f}   ({count} rows, {nfe} NFE, seed {seed})")
+    print(f"clean reconstruction {accuracy:.3f}   ({options.n} rows, {options.nfe} NFE, seed {options.seed})")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main()

@@ -33,12 +33,13 @@ def run(tmp_path_factory):
 
 def test_it_learns_and_shows_texts_and_the_command_for_more(run):
     folder, shown = run
-    assert "generated" in shown and "real" in shown
+    assert "generated" in shown
+    assert "real" in shown
     assert "ldlm generate ldlm_runs/quickstart/version_0/checkpoints/last.ckpt -n 8" in shown
     events = EventAccumulator(str(folder / "ldlm_runs/quickstart/version_0"), size_guidance={"tensors": 0, "images": 0})
     events.Reload()
     value = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    # Normalised hidden states have variance 1: predicting the mean scores 1; the unigram entropy of the corpus is 6.54 nats.
+    # Hidden states have variance 1, so predicting the mean scores 1; the unigram entropy of the corpus is 6.54 nats.
     assert value["validation/reconstruction"][-1] < 0.8
     assert value["validation/token"][-1] < 6.54
     assert value["train/latent_std"][-1] > 1.0
@@ -53,8 +54,12 @@ def test_its_checkpoint_generates_exports_and_validates(run):
     ldlm("generate", checkpoint, "-n", "3", "--nfe", "8", "--output", "one.jsonl", cwd=folder)
     ldlm("export", checkpoint, "exported", cwd=folder)
     ldlm("generate", "exported", "-n", "3", "--nfe", "8", "--output", "two.jsonl", cwd=folder)
-    one, two = ([json.loads(line)["text"] for line in open(folder / name)] for name in ("one.jsonl", "two.jsonl"))
-    assert len(one) == 3 and one == two
+    one, two = (
+        [json.loads(line)["text"] for line in (folder / name).read_text().splitlines()]
+        for name in ("one.jsonl", "two.jsonl")
+    )
+    assert len(one) == 3
+    assert one == two
     assert "validation/accuracy" in ldlm("validate", "--config", "quickstart", "--ckpt_path", checkpoint, cwd=folder)
 
 
