@@ -52,8 +52,10 @@ encoder.fit_statistics([data.train_dataset[list(range(512))]], rows=512)
 hidden = encoder(tokens)
 print("hidden", tuple(hidden.shape), hidden.dtype)
 print(f"before: mean {raw.mean():.2f}, deviations from {raw.std((0, 1)).min():.2f} to {raw.std((0, 1)).max():.2f}")
-print(f"after:  mean {hidden.mean():.2f}, deviations from {hidden.std((0, 1)).min():.2f}"
-      f" to {hidden.std((0, 1)).max():.2f}")
+print(
+    f"after:  mean {hidden.mean():.2f}, deviations from {hidden.std((0, 1)).min():.2f}"
+    f" to {hidden.std((0, 1)).max():.2f}"
+)
 print("trainable parameters:", sum(p.numel() for p in encoder.parameters()))
 """,
     ),
@@ -122,8 +124,10 @@ hidden_hat = latent_decoder(z0 + 1.0 * torch.randn_like(z0))
 print("hidden_hat", tuple(hidden_hat.shape), "logits", tuple(token_decoder(hidden_hat).shape))
 for name, source in (("true hidden states", hidden), ("hidden_hat", hidden_hat)):
     print(f"tokens right from {name}: {(token_decoder.predict(source) == tokens).float().mean():.0%}")
-print(f"cross-entropy {token_decoder.loss(hidden_hat.detach(), tokens):.2f} nats; guessing costs"
-      f" log v = {math.log(encoder.vocab_size):.2f}")
+print(
+    f"cross-entropy {token_decoder.loss(hidden_hat.detach(), tokens):.2f} nats; guessing costs"
+    f" log v = {math.log(encoder.vocab_size):.2f}"
+)
 """,
     ),
     (
@@ -136,14 +140,27 @@ from ldlm.noise import generator
 from ldlm.samplers import AdaptedGrid, Ancestral
 
 model = LDLM(
-    encoder, latent_encoder, denoiser, latent_decoder, token_decoder, schedule, tokenizer=bert, sequence_length=32,
-    sigma_dec=1.0, token_fraction=0.125, learning_rate=1e-3, lr_warmup_steps=5,
-    sampler=Ancestral(), grid=AdaptedGrid(),
+    encoder,
+    latent_encoder,
+    denoiser,
+    latent_decoder,
+    token_decoder,
+    schedule,
+    tokenizer=bert,
+    sequence_length=32,
+    sigma_dec=1.0,
+    token_fraction=0.125,
+    learning_rate=1e-3,
+    lr_warmup_steps=5,
+    sampler=Ancestral(),
+    grid=AdaptedGrid(),
 )
 with torch.no_grad():
     before = model.losses(tokens, generator(0, "tour"))
-print(f"diffusion {before.diffusion:.3f} + reconstruction {before.reconstruction:.3f} + token {before.token:.3f}"
-      f" = {before.total:.3f}")
+print(
+    f"diffusion {before.diffusion:.3f} + reconstruction {before.reconstruction:.3f} + token {before.token:.3f}"
+    f" = {before.total:.3f}"
+)
 for name in ("latent_encoder", "denoiser", "latent_decoder", "token_decoder"):
     print(f"{name:<15}{sum(p.numel() for p in getattr(model, name).parameters()):>12,} parameters")
 """,
@@ -174,8 +191,15 @@ import lightning as L
 from ldlm.callbacks import AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
 
 trainer = L.Trainer(
-    max_steps=10, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+    max_steps=10,
+    accelerator="cpu",
+    gradient_clip_val=1.0,
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    num_sanity_val_steps=0,
+    limit_val_batches=0,
     callbacks=[DiffusionToEncoderWarmup(steps=1000), AdaptiveTimestepUpdate(every_n_steps=5)],
 )
 trainer.fit(model, data)

@@ -119,6 +119,10 @@ class AdaptiveTimestepUpdate(L.Callback):
         if self._step % self.every_n_steps == 0:
             timesteps.refresh()
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say that nobody looks after the timesteps any more."""
+        as_ldlm(pl_module).refresh_every = None
+
 
 class EMA(L.Callback):
     """Exponential moving average of the trainable parameters, in float32; buffers are never averaged.

@@ -119,7 +119,12 @@ def build(description: Any) -> Any:
             f"this model uses {description['class_path']}, which is not a part of a model here: define the class in "
             f"{module_name} at the top level, as a subclass of one of ldlm's abstract parts"
         )
-    return kind(**{name: build(value) for name, value in description["init_args"].items()})
+    try:
+        return kind(**{name: build(value) for name, value in description["init_args"].items()})
+    except TypeError as error:
+        raise ValueError(
+            f"{description['class_path']} cannot be made from what the file says of it: {error}"
+        ) from error
 
 
 def pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
@@ -157,12 +162,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} could not be read as a checkpoint ({reason}): use another, or train again") from error
-    if not isinstance(checkpoint, dict) or "ldlm" not in checkpoint:
+    if (
+        not isinstance(checkpoint, dict)
+        or not isinstance(checkpoint.get("ldlm"), dict)
+        or "state_dict" not in checkpoint
+    ):
         raise ValueError(f"{path} is a checkpoint of something else: it does not describe an ldlm model")
-    if checkpoint["ldlm"]["format"] > FORMAT:
-        raise ValueError(
-            f"{path} has format {checkpoint['ldlm']['format']}, newer than this ldlm's {FORMAT}: upgrade ldlm"
-        )
+    version = checkpoint["ldlm"].get("format")
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, and this ldlm reads {FORMAT}: use the ldlm that wrote it")
     return checkpoint
 
 

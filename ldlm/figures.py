@@ -27,7 +27,9 @@ def loss_over_time(u: Sequence[float], adapted: Sequence[float], loss: Sequence[
     left.set(xlabel="schedule time u", ylabel="diffusion loss (MSE per element)", xlim=(0, 1))
     right.plot(adapted, loss)
     if len(loss) > 1:
-        right.plot([0, 1], [loss[0], loss[-1]], color="grey", linestyle="--", linewidth=1, label="linear")
+        right.plot(
+            [adapted[0], adapted[-1]], [loss[0], loss[-1]], color="grey", linestyle="--", linewidth=1, label="linear"
+        )
         right.legend(frameon=False)
     right.set(xlabel="adapted time F(u)", xlim=(0, 1))
     for axes in (left, right):

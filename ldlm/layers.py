@@ -44,7 +44,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     split = "b n (heads e) -> b heads n e"
     q, k, v = (rearrange(part, split, heads=heads) for part in (queries, keys, values))
     if queries.device.type == "cpu" and torch.is_grad_enabled():
-        # The CPU kernel's backward pass is 2 to 6 times slower in bfloat16 than in float32 (docs/decisions.md), and
+        # The CPU kernel's backward pass is slower in bfloat16 than in float32 (docs/decisions.md), and
         # autocast would cast back.
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(queries.dtype)

@@ -127,8 +127,11 @@ class LDLM(Storage):
         self.lr_decay = lr_decay
         self.seed = seed
         self._check()
+        # DDP wants every trainable parameter used in every step.
         if token_weight == 0:
-            self.token_decoder.requires_grad_(False)  # DDP wants every trainable parameter used in every step
+            self.token_decoder.requires_grad_(False)
+        if reconstruction_weight == 0 and not (token_gradient and token_weight > 0):
+            self.latent_decoder.requires_grad_(False)
         self.register_buffer("gamma", None, persistent=False)
         # Set by callbacks: how often the timesteps are refreshed, and the averaged and the raw parameters.
         self.refresh_every: int | None = None
@@ -148,6 +151,8 @@ class LDLM(Storage):
         ]:
             if not value >= low or (high is not None and value > high):
                 raise ValueError(f"{name}={value} must be at least {low}" + (f" and at most {high}" if high else ""))
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
         if not 0 < self.token_fraction <= 1:
             raise ValueError(f"token_fraction={self.token_fraction} must be above 0 and at most 1")
         encoder, denoiser, decoder = self.latent_encoder, self.denoiser, self.latent_decoder

@@ -270,10 +270,10 @@ def test_files_of_something_else_are_told_apart(tmp_path):
         read_checkpoint(file)
 
 
-def test_a_checkpoint_of_a_later_format_asks_for_an_upgrade(tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_format_names_both(tmp_path, monkeypatch):
     file = good_checkpoint(tmp_path / "later.ckpt")
     monkeypatch.setattr(checkpoints, "FORMAT", 0)
-    with pytest.raises(ValueError, match="has format 1, newer than this ldlm's 0: upgrade"):
+    with pytest.raises(ValueError, match="has format 1, and this ldlm reads 0: use the ldlm that wrote it"):
         read_checkpoint(file)
 
 
@@ -337,3 +337,18 @@ def test_a_models_description_is_plain_and_names_its_version_and_every_part():
     assert arguments["token_encoder"]["class_path"] == f"{FixedTokenEncoder.__module__}.FixedTokenEncoder"
     assert arguments["betas"] == [0.9, 0.98]
     assert arguments["grid"]["init_args"]["second"]["class_path"] == "ldlm.samplers.LogSNRGrid"
+
+
+@pytest.mark.parametrize("content", [{"ldlm": 3, "state_dict": {}}, {"ldlm": {"format": 1}}, [1, 2]])
+def test_a_checkpoint_that_lacks_what_ours_have_is_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "changed.ckpt")
+    with pytest.raises(ValueError, match="checkpoint of something else"):
+        read_checkpoint(tmp_path / "changed.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("class_path", "arguments"), [("ldlm.denoiser.DiT", {"wings": 2}), ("ldlm.denoiser.Denoiser", {"latent_size": 1})]
+)
+def test_a_part_that_cannot_be_made_from_its_description_is_named(class_path, arguments):
+    with pytest.raises(ValueError, match=f"{class_path} cannot be made from what the file says of it"):
+        build({"class_path": class_path, "init_args": arguments})

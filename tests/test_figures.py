@@ -11,7 +11,7 @@ def test_the_loss_is_drawn_against_both_times_with_a_straight_line_beside_the_se
     left, right = loss_over_time(u, adapted, loss).axes
     np.testing.assert_array_equal(left.lines[0].get_xydata(), np.stack([u, loss], 1))
     np.testing.assert_array_equal(right.lines[0].get_xydata(), np.stack([adapted, loss], 1))
-    np.testing.assert_array_equal(right.lines[1].get_xydata(), [[0, 0.2], [1, 1.5]])
+    np.testing.assert_array_equal(right.lines[1].get_xydata(), [[0.3, 0.2], [0.95, 1.5]])
     assert left.get_xlabel() == "schedule time u"
     assert right.get_xlabel() == "adapted time F(u)"
     assert left.get_ylabel() == "diffusion loss (MSE per element)"
