@@ -314,14 +314,13 @@ def _pack_in_process(folder, start):
 
 
 def test_two_processes_packing_at_once_both_end_with_one_good_file(tmp_path):
-    context = multiprocessing.get_context("fork")
-    start = context.Event()
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the tokenizer's threads, asleep
+    start = context.Barrier(2)
     both = [context.Process(target=_pack_in_process, args=(tmp_path, start)) for _ in range(2)]
     for process in both:
         process.start()
-    start.set()
     for process in both:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
     assert len(list(tmp_path.iterdir())) == 2
     tokenizer = toy_tokenizer(50, eos_token="[E]")
