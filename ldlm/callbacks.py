@@ -9,6 +9,7 @@ a state of its own.
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -65,10 +66,11 @@ class DiffusionToEncoderWarmup(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the model its gamma, and warn if the warm-up outlasts the run."""
         model = as_ldlm(pl_module)
-        if 0 < trainer.max_steps < self.steps:
+        end = trainer.estimated_stepping_batches
+        if 0 < end < self.steps:
             rank_zero_warn(
-                f"the warm-up of {self.steps} steps is longer than the run of {trainer.max_steps}: gamma ends at "
-                f"{self.gamma(trainer.max_steps):.2g} and the encoder hardly meets the diffusion loss"
+                f"the warm-up of {self.steps} steps is longer than the run of {end}: gamma ends at "
+                f"{self.gamma(int(end)):.2g} and the encoder hardly meets the diffusion loss"
             )
         model.gamma = torch.tensor(self.gamma(trainer.global_step), device=model.device)
 
@@ -122,6 +124,16 @@ class AdaptiveTimestepUpdate(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Say that nobody looks after the timesteps any more."""
         as_ldlm(pl_module).refresh_every = None
+
+
+class SaveAtEnd(L.Callback):
+    """Writes the last checkpoint again at the end of a run, where `ModelCheckpoint` leaves its last interval's."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """On all ranks, as saving needs them."""
+        callback = trainer.checkpoint_callback
+        if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
+            trainer.save_checkpoint(callback.last_model_path)
 
 
 class EMA(L.Callback):

@@ -82,7 +82,7 @@ def _plain(value: Any, name: str) -> Any:
         return describe(value)
     if isinstance(value, str) and os.path.isabs(value):
         # A path on this machine means nothing elsewhere, and may tell more than its owner wants told.
-        return os.path.basename(value.rstrip("/"))
+        return f"./{os.path.basename(value.rstrip('/'))}"  # not to be taken for a hub id
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -140,7 +140,7 @@ def unpack_tokenizer(files: dict[str, Tensor]) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return tokenizer
 
 
@@ -162,23 +162,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} could not be read as a checkpoint ({reason}): use another, or train again") from error
-    if (
-        not isinstance(checkpoint, dict)
-        or not isinstance(checkpoint.get("ldlm"), dict)
-        or "state_dict" not in checkpoint
-    ):
-        raise ValueError(f"{path} is a checkpoint of something else: it does not describe an ldlm model")
-    version = checkpoint["ldlm"].get("format")
-    if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, and this ldlm reads {FORMAT}: use the ldlm that wrote it")
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is of something else: it does not describe an ldlm model")
+    check_description(checkpoint.get("ldlm"), str(path))
     return checkpoint
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Strictly load a state_dict, with one sentence naming what does not fit.
+def check_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Compare a state_dict's names and shapes with a model's.
 
     Raises:
-        ValueError: If keys are missing, unexpected or of another shape.
+        ValueError: If keys are missing, unexpected or of another shape; the sentence names some.
     """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -186,8 +180,22 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     wrong = [("lacks", missing), ("has too much", unexpected), ("has other shapes for", sorted(shapes))]
     told = [f"{what} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}" for what, keys in wrong if keys]
     if told:
-        raise ValueError(f"{source} does not fit the model it describes: it {'; it '.join(told)}")
-    model.load_state_dict(state)
+        raise ValueError(f"{source} does not fit this model: it {'; it '.join(told)}")
+
+
+def check_description(about: Any, source: str) -> dict[str, Any]:
+    """What a file says of its model, if it is a description that this version can read.
+
+    Raises:
+        ValueError: If it is something else, or of another format.
+    """
+    if not isinstance(about, dict) or not isinstance(about.get("model"), dict) or "init_args" not in about["model"]:
+        raise ValueError(f"{source} is of something else: it does not describe an ldlm model")
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            f"{source} has format {about.get('format')}, and this ldlm reads {FORMAT}: use the ldlm that wrote it"
+        )
+    return about
 
 
 def read_json(path: Path) -> dict[str, Any]:

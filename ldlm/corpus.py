@@ -241,11 +241,12 @@ def lm1b_detokenizer(text: str) -> str:
     """Undo the tokenisation of the One Billion Word corpus by MDLM's rules (App. C follows that protocol).
 
     >>> lm1b_detokenizer("He said : it 's 5 $ 3 , ( or so ) .")
-    "He said: it's 5 $3, (or so)."
+    "He said: it's 5 $3, (or so) ."
     """
     text = re.sub(r"\b(https?) : / / ", r"\1://", text)
     text = re.sub(r" '(\w+)", r"'\1", text)  # clitics: it 's, they 're; opening quotes have a space behind them
-    text = re.sub(r" ([.?!])(?=\s|$)", r"\1", text)
+    text = re.sub(r"( \w+) \.(?=\s|$)", r"\1.", text)  # a full stop joins a word, and nothing else
+    text = re.sub(r" ([?!])(?=\s|$)", r"\1", text)
     text = re.sub(r" ([,:;])(?=\s|$)", r"\1", text)
     text = text.replace(" / ", "/")
     text = re.sub(r'" ([^"]+) "', r'"\1"', text)

@@ -192,6 +192,9 @@ class PackedTextDataModule(L.LightningDataModule):
             ValueError: `batch_size` does not divide evenly.
         """
         rows, trainer = self.train_dataset, self.trainer
+        # Lightning would put a sampler of single rows in the place of ours.
+        if trainer is not None and trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ValueError("overfit_batches is not supported here; train on a file with so few rows instead")
         order = ShuffledOrder(len(rows), self.batch_size, self.seed)
         if trainer is None:
             return self._loader(rows, ShuffledRows(rows, order, lambda: 0))

@@ -133,7 +133,9 @@ class FrozenTokenEncoder(TokenEncoder):
             self.sha256 = digest
             if folder.parent.name == "snapshots":  # the hub's cache names this folder after the commit
                 self.revision = folder.name
-            full = AutoModel.from_pretrained(folder, dtype=DTYPES[self.dtype], use_safetensors=True)
+            full = AutoModel.from_pretrained(
+                folder, dtype=DTYPES[self.dtype], use_safetensors=True, trust_remote_code=False
+            )
             full.config.use_cache = False
             self.prepare(full.requires_grad_(False).eval())
             self._frozen.append(full)
@@ -169,7 +171,7 @@ class PretrainedTokenEncoder(FrozenTokenEncoder):
         vocab_size: int | None = None,
     ) -> None:
         if hidden_size is None or vocab_size is None:
-            config = AutoConfig.from_pretrained(local_folder(model, revision, "config.json"))
+            config = AutoConfig.from_pretrained(local_folder(model, revision, "config.json"), trust_remote_code=False)
             count_blocks(layer, config.num_hidden_layers)
             hidden_size, vocab_size = int(config.hidden_size), int(config.vocab_size)
         super().__init__(model, revision, sha256, dtype, hidden_size, vocab_size)
@@ -244,7 +246,7 @@ class ShallowTokenEncoder(FrozenTokenEncoder):
         vocab_size: int | None = None,
     ) -> None:
         if hidden_size is None or vocab_size is None:
-            config = AutoConfig.from_pretrained(local_folder(model, revision, "config.json"))
+            config = AutoConfig.from_pretrained(local_folder(model, revision, "config.json"), trust_remote_code=False)
             hidden_size, vocab_size = int(config.hidden_size), int(config.vocab_size)
         super().__init__(model, revision, sha256, "float32", hidden_size, vocab_size)
 

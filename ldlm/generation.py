@@ -61,11 +61,16 @@ class Generation(JointObjective):
 
         solver, times = sampler or self.sampler, grid or self.grid
         shape = (batch_size, self.latent_encoder.num_latents, self.latent_encoder.latent_size)
-        for batch, start in enumerate(range(0, num_samples, batch_size)):
-            source = generator(seed, "generate", batch, device=self.device)
-            noise = torch.randn(shape, generator=source, device=self.device)
-            z0_hat = solver.sample(denoise, self.schedule, noise, nfe, source, times, self.timesteps, on_step)
-            yield self.decode(z0_hat, temperature, source)[: num_samples - start]
+        training = self.training
+        self.eval()
+        try:
+            for batch, start in enumerate(range(0, num_samples, batch_size)):
+                source = generator(seed, "generate", batch, device=self.device)
+                noise = torch.randn(shape, generator=source, device=self.device)
+                z0_hat = solver.sample(denoise, self.schedule, noise, nfe, source, times, self.timesteps, on_step)
+                yield self.decode(z0_hat, temperature, source)[: num_samples - start]
+        finally:
+            self.train(training)
 
     def sample_tokens(
         self,

@@ -23,7 +23,8 @@ def local_folder(model: str, revision: str | None, *patterns: str) -> Path:
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"model={model!r} is neither a folder here nor a model that could be fetched from the hub "
-            f"({type(error).__name__}): check the name and the network, or give the path of a local folder"
+            f"({type(error).__name__}): check the name and the network, or give the path of a local folder "
+            "(as model=..., or as --encoder FOLDER with --ckpt_path)"
         ) from error
 
 

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ldlm.agreement import check_data, check_parts
+from ldlm.data import PackedTextDataModule
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
 from ldlm.encoders import TokenEncoder
@@ -155,31 +157,35 @@ class LDLM(Storage):
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
         if not 0 < self.token_fraction <= 1:
             raise ValueError(f"token_fraction={self.token_fraction} must be above 0 and at most 1")
-        encoder, denoiser, decoder = self.latent_encoder, self.denoiser, self.latent_decoder
-        for one, other, what in [
-            (self.token_encoder.hidden_size, encoder.hidden_size, "token_encoder and latent_encoder: hidden_size"),
-            (self.token_encoder.hidden_size, decoder.hidden_size, "token_encoder and latent_decoder: hidden_size"),
-            (self.token_encoder.hidden_size, self.token_decoder.hidden_size, "both token coders: hidden_size"),
-            (self.token_encoder.vocab_size, self.token_decoder.vocab_size, "both token coders: vocab_size"),
-            (encoder.latent_size, denoiser.latent_size, "latent_encoder and denoiser: latent_size"),
-            (encoder.latent_size, decoder.latent_size, "latent_encoder and latent_decoder: latent_size"),
-            (encoder.num_latents, denoiser.num_latents, "latent_encoder and denoiser: num_latents"),
-            (encoder.num_latents, decoder.num_latents, "latent_encoder and latent_decoder: num_latents"),
-        ]:
-            if one != other:
-                raise ValueError(f"{what} differs, {one} and {other}: give both the same")
-        if self.tokenizer is not None and len(self.tokenizer) > self.token_encoder.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, but the token encoder knows "
-                f"{self.token_encoder.vocab_size}: use the tokenizer that belongs to the encoder"
-            )
+        check_parts(
+            self.token_encoder,
+            self.latent_encoder,
+            self.denoiser,
+            self.latent_decoder,
+            self.token_decoder,
+            self.tokenizer,
+        )
 
     # ---- training ----------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Forget an earlier fit's gamma, so that each fit asks for its warm-up."""
+        if stage == "fit":
+            self.gamma = None
+
     def on_fit_start(self) -> None:
-        """Refuse to train without the recipe's callbacks; measure the hidden states' statistics, once."""
+        """Refuse what would fail or mislead later; measure the hidden states' statistics, once."""
         if self.gamma is None:
             raise ValueError(MISSING_WARMUP)
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision={self.trainer.precision!r} would keep weights and bin statistics in 16 bits: "
+                "use 'bf16-mixed', which computes in 16 bits and keeps 32"
+            )
+        self.description()  # a part that no checkpoint could describe is found now, not at the first checkpoint
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, PackedTextDataModule):
+            check_data(data, self.sequence_length, self.tokenizer)
         self._last_step = -1  # a second fit may begin with the step at which the first one ended
         if isinstance(self.timesteps, AdaptiveTimesteps) and self.refresh_every is None:
             raise ValueError(
@@ -281,11 +287,12 @@ class LDLM(Storage):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm in one fused pass; Lightning's own mixed-precision plugin refuses fused optimizers."""
-        if gradient_clip_val is None:
+        """Clip as Lightning does; its own mixed-precision plugin refuses fused optimizers."""
+        if not gradient_clip_val:  # None or 0: no clipping
             return
-        if gradient_clip_algorithm == "value" or self.trainer.precision == "16-mixed":
+        if self.trainer.precision == "16-mixed":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        self.log("train/grad_norm", norm)
+        elif gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            self.log("train/grad_norm", torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val))

@@ -39,7 +39,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
         return tokenizer
     folder_or_id = resolve(tokenizer)
     try:
-        return AutoTokenizer.from_pretrained(folder_or_id)
+        return AutoTokenizer.from_pretrained(folder_or_id, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(
             f"tokenizer={tokenizer!r} is neither a folder with a tokenizer nor one that the hub gave "
@@ -52,7 +52,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token is not None:
             return int(token)
-    raise ValueError(f"tokenizer={_name(tokenizer)!r} has neither an EOS nor a SEP token; set its eos_token")
+    raise ValueError(f"tokenizer={name_tokenizer(tokenizer)!r} has neither an EOS nor a SEP token; set its eos_token")
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -104,7 +104,7 @@ def read_header(path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
         raise ValueError(f"{path.with_suffix('.json')} was altered or is of another format version; {remedy}")
     if digest != tokenizer_digest(tokenizer):
         raise ValueError(
-            f"{path} was packed with tokenizer {name!r} (digest {digest[:12]}), but {_name(tokenizer)!r} "
+            f"{path} was packed with tokenizer {name!r} (digest {digest[:12]}), but {name_tokenizer(tokenizer)!r} "
             f"(digest {tokenizer_digest(tokenizer)[:12]}) is given; use the former, or {remedy}"
         )
     if path.stat().st_size != length:
@@ -204,7 +204,7 @@ def pack(
             stream.flush(last=True)
     for part, stream in written.items():
         header = {"format_version": FORMAT_VERSION, "fingerprint": _fingerprint(made_from[part])}
-        header |= {"tokenizer": _name(tokenizer), "tokens": stream.tokens}
+        header |= {"tokenizer": name_tokenizer(tokenizer), "tokens": stream.tokens}
         header |= {"documents": stream.documents, "blocks": stream.blocks, "made_from": made_from[part]}
         with write_atomically(paths[part].with_suffix(".json")) as handle:
             handle.write(json.dumps(header, indent=1).encode())
@@ -286,5 +286,8 @@ def _fingerprint(made_from: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.name_or_path or f"a {type(tokenizer).__name__} without a name"
+def name_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say which tokenizer this is: its name, or the last component of its folder, and its size."""
+    name = tokenizer.name_or_path.rstrip("/")
+    short = name.rpartition("/")[2] if name.startswith("/") else name
+    return f"{short or type(tokenizer).__name__} ({len(tokenizer):,} tokens)"

@@ -51,7 +51,8 @@ class PackedRows(Dataset[Tensor]):
         if self.rows == 0:
             raise ValueError(
                 f"{self.path.name} holds {tokens} tokens, but one row of sequence_length={sequence_length} needs "
-                f"{self.body}; give more text (or a larger validation, if that part is the short one) or shorter rows"
+                f"{self.body}; give more text or shorter rows; if this is the validation part, hold out more, "
+                "or make more documents of a .txt file: one a paragraph, or one a line with text_unit='line'"
             )
         if limit is not None:
             self.rows = min(self.rows, limit)

@@ -19,8 +19,9 @@ import ldlm
 from ldlm.checkpoints import (
     FORMAT,
     build,
+    check_description,
+    check_weights,
     describe,
-    load_weights,
     pack_tokenizer,
     read_checkpoint,
     read_json,
@@ -59,6 +60,7 @@ class Storage(Generation):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the raw parameters when training goes on; `callbacks.EMA` takes the averaged ones."""
+        check_weights(self, checkpoint["state_dict"], "the checkpoint")
         if "raw_parameters" in checkpoint and self.trainer.training:
             if self.averaged is None:
                 raise ValueError(
@@ -115,7 +117,7 @@ class Storage(Generation):
         folder = local_folder(str(path_or_repo), revision, "*.json", "*.safetensors", "*.txt", "*.model")
         if not (folder / "ldlm.json").is_file():
             raise ValueError(f"{path_or_repo} holds no ldlm.json: it is not an exported ldlm model")
-        about = read_json(folder / "ldlm.json")
+        about = check_description(read_json(folder / "ldlm.json"), f"{path_or_repo}")
         try:
             state = load_file(folder / "model.safetensors")
         except (OSError, SafetensorError) as error:
@@ -123,7 +125,7 @@ class Storage(Generation):
                 f"{folder}/model.safetensors could not be read ({error}): export the model again"
             ) from error
         with_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder) if with_tokenizer else None
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if with_tokenizer else None
         return cls._rebuilt(about, state, tokenizer, str(folder), map_location)
 
     @classmethod
@@ -137,6 +139,10 @@ class Storage(Generation):
     ) -> Self:
         """A model from its description, its tensors and its tokenizer."""
         arguments = {name: build(value) for name, value in about["model"]["init_args"].items()}
-        model = cls(**arguments, tokenizer=tokenizer)
-        load_weights(model, state, source)
+        try:
+            model = cls(**arguments, tokenizer=tokenizer)
+        except TypeError as error:
+            raise ValueError(f"{source} cannot be made into a model: {error}") from error
+        check_weights(model, state, source)
+        model.load_state_dict(state)
         return model.to(device).eval()

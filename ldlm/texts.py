@@ -55,6 +55,16 @@ def named(name: str | None, known: tuple[type, ...]) -> Any:
     return kinds[name]()
 
 
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one and no name; ValueError if it cannot be had."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device, dtype=torch.float64).item()  # float64: the timesteps' statistics need it
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu always works") from error
+    return device
+
+
 def write_texts(options: argparse.Namespace) -> None:
     """Generate texts and write each batch as soon as it is there.
 
@@ -62,9 +72,9 @@ def write_texts(options: argparse.Namespace) -> None:
         options: The command's, by the names that ``ldlm generate --help`` shows.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: this PyTorch sees no GPU; use --device cpu")
+    device = find_device(options.device)
+    if options.output and Path(options.output).is_dir():
+        raise ValueError(f"--output {options.output} is a folder; give the name of a file in it")
     sampler: Sampler | None = named(options.sampler, SAMPLERS)
     grid: TimeGrid | None = named(options.grid, GRIDS)
     model = load(options.checkpoint).to(device)

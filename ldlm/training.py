@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from typing import Any, NoReturn
 
+import torch
 import transformers
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,7 +27,8 @@ from ldlm.checkpoints import read_checkpoint
 from ldlm.cli import CONFIGS, Fault, fail, nearest, preset_names
 from ldlm.data import PackedTextDataModule, load_tokenizer
 from ldlm.module import LDLM
-from ldlm.packing import tokenizer_digest
+from ldlm.packing import name_tokenizer, tokenizer_digest
+from ldlm.watch import ReconstructionWriter
 
 ROOMS = (callbacks, decoders, denoiser, encoders, latents, samplers, schedules, timesteps, watch)
 KEYWORDS = ("best", "last", "hpc", "registry")  # values of --ckpt_path that Lightning looks up itself
@@ -136,6 +138,7 @@ class LDLMCLI(LightningCLI):
         parser.link_arguments("tokenizer", "data.tokenizer")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         if stored is not None:
+            parser.add_argument("--encoder", type=str | None, default=None, help="where the token encoder is now")
             return
         parser.add_argument(
             "--num_latents", type=int | None, default=None, help="latent vectors a row (default: sequence_length)"
@@ -154,7 +157,12 @@ class LDLMCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Take the model from the checkpoint where there is one, and compare what was given with what it holds."""
+        trainer = self.config[self.config.subcommand].trainer
+        if trainer.accelerator == "auto" and torch.backends.mps.is_available():
+            trainer.accelerator = "cpu"  # Apple's GPUs have no float64, which the timesteps' statistics need
         super().instantiate_classes()
+        if self.config.subcommand == "predict":
+            self.trainer.callbacks.append(ReconstructionWriter())  # type: ignore[attr-defined]
         if self.stored is None:
             return
         given, stored = self.datamodule, self.stored
@@ -167,9 +175,12 @@ class LDLMCLI(LightningCLI):
             theirs = load_tokenizer(given.tokenizer)
             if tokenizer_digest(theirs) != tokenizer_digest(stored.tokenizer):
                 raise Fault(
-                    f"--tokenizer {given.tokenizer}: {self.checkpoint} was trained with another one, "
-                    f"{stored.tokenizer.name_or_path}; leave the option out"
+                    f"--tokenizer {given.tokenizer} is {name_tokenizer(theirs)}, but {self.checkpoint} was trained "
+                    f"with another, of {len(stored.tokenizer):,} tokens; leave the option out"
                 )
+        folder = self.config[self.config.subcommand].encoder
+        if folder is not None and isinstance(stored.token_encoder, encoders.FrozenTokenEncoder):
+            stored.token_encoder.model = folder
         self.model = stored
 
 
@@ -183,6 +194,8 @@ def run(words: list[str]) -> None:
     checkpoint = value_of("--ckpt_path", words)
     if checkpoint not in (None, *KEYWORDS):
         read_checkpoint(str(checkpoint))  # before anybody else opens it
+    if words[0] != "fit" and checkpoint is None and not {"-h", "--help", "--print_config"} & {*words}:
+        raise Fault(f"{words[0]} needs a model: give --ckpt_path CHECKPOINT")
     from_checkpoint = words[0] != "fit" and checkpoint is not None and checkpoint not in KEYWORDS
     try:
         LDLMCLI(words, checkpoint if from_checkpoint else None)

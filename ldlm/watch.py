@@ -72,7 +72,7 @@ class FigureLogger(L.Callback):
 
 
 class SampleLogger(L.Callback):
-    """Generates a few texts after each validation, and logs them beside reconstructed held-out rows.
+    """Generates a few texts after each validation, and logs them.
 
     Args:
         num_samples: Texts each time.

@@ -53,7 +53,7 @@ def entropy(rows: torch.Tensor, specials: set[int]) -> float:
 
 
 def held_out(model: LDLM, count: int) -> torch.Tensor:
-    """The first held-out rows of the quickstart's corpus, [count n]."""
+    """Held-out rows of the quickstart's corpus, spread evenly over its addresses, [count n]."""
     data = PackedTextDataModule(
         "package:ldlm/corpora/sotu.parquet",
         model.tokenizer,
@@ -62,7 +62,8 @@ def held_out(model: LDLM, count: int) -> torch.Tensor:
         validation=0.1,
         special_tokens=False,
     )
-    return data.validation_dataset[list(range(count))]
+    rows = data.validation_dataset
+    return rows[torch.linspace(0, len(rows) - 1, count).long().tolist()]
 
 
 def main() -> None:

