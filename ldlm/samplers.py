@@ -224,13 +224,27 @@ class EulerMaruyama(Sampler):
 
 
 class Ancestral(Sampler):
-    """Draws from q(z_s | z_t, z0 = z0_hat), the exact posterior of the forward process."""
+    """Draws from q(z_s | z_t, z0 = z0_hat), the exact posterior of the forward process.
+
+    Args:
+        noise_scale: multiplies the posterior's deviation. 1 is the posterior; less is a lower temperature, which trades
+            variety for likelihood; not negative, else ValueError.
+    """
+
+    def __init__(self, noise_scale: float = 1.0) -> None:
+        if not noise_scale >= 0:
+            raise ValueError(
+                f"noise_scale is {noise_scale}, but it multiplies a deviation: give 0 or more, such as 1.0"
+            )
+        self.noise_scale = noise_scale
 
     def step(self, schedule: NoiseSchedule, t: Tensor, s: Tensor, before: Tensor | None) -> StepWeights:
-        """With r = 1 − SNR(t)/SNR(s): a = alpha_t sigma_s²/(alpha_s sigma_t²), b = alpha_s r, e = sigma_s √r."""
+        """With r = 1 − SNR(t)/SNR(s): a = alpha_t sigma_s²/(alpha_s sigma_t²), b = alpha_s r, e = scale sigma_s √r."""
         (alpha_t, sigma_t, _), (alpha_s, sigma_s, _) = schedule.levels(t), schedule.levels(s)
         r = -torch.expm1(schedule.log_snr(t) - schedule.log_snr(s))  # 1 at t = 1
-        return StepWeights(a=alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), b=alpha_s * r, e=sigma_s * r.sqrt())
+        return StepWeights(
+            a=alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), b=alpha_s * r, e=self.noise_scale * sigma_s * r.sqrt()
+        )
 
 
 class DDIM(Sampler):

@@ -403,3 +403,12 @@ def test_less_than_one_call_is_refused(grid, nfe):
 def test_arguments_that_cannot_work_are_refused(part, message):
     with pytest.raises(ValueError, match=message):
         part()
+
+
+def test_the_noise_scale_multiplies_the_posteriors_deviation_and_leaves_its_mean():
+    times = UniformGrid().times(10, SCHEDULE)
+    plain, cooler = Ancestral().table(SCHEDULE, times), Ancestral(0.6).table(SCHEDULE, times)
+    torch.testing.assert_close(cooler[:, :3], plain[:, :3], rtol=0, atol=0)
+    torch.testing.assert_close(cooler[:, 3], 0.6 * plain[:, 3])
+    with pytest.raises(ValueError, match="noise_scale is -1"):
+        Ancestral(-1)
