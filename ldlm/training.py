@@ -192,13 +192,13 @@ def run(words: list[str]) -> None:
     """
     quiet()
     checkpoint = value_of("--ckpt_path", words)
-    if checkpoint not in (None, *KEYWORDS):
-        read_checkpoint(str(checkpoint))  # before anybody else opens it
-    if words[0] != "fit" and checkpoint is None and not {"-h", "--help", "--print_config"} & {*words}:
+    fitting, named = words[0] == "fit", checkpoint not in (None, *KEYWORDS)
+    if fitting and named:
+        read_checkpoint(str(checkpoint))  # before LightningCLI opens it; LDLMCLI reads it for the other commands
+    if not fitting and checkpoint is None and not {"-h", "--help", "--print_config"} & {*words}:
         raise Fault(f"{words[0]} needs a model: give --ckpt_path CHECKPOINT")
-    from_checkpoint = words[0] != "fit" and checkpoint is not None and checkpoint not in KEYWORDS
     try:
-        LDLMCLI(words, checkpoint if from_checkpoint else None)
+        LDLMCLI(words, checkpoint if named and not fitting else None)
     except (MisconfigurationException, ValueError) as error:
         raise Fault(explain(str(error), [])) from error
 

@@ -91,8 +91,7 @@ class SampleLogger(L.Callback):
         writer = tensorboard(trainer)
         if writer is None or trainer.sanity_checking or model.tokenizer is None:
             return
-        with trainer.precision_plugin.forward_context():
-            texts = model.generate(self.num_samples, self.nfe, seed=self.seed, batch_size=self.num_samples)
+        texts = sample_texts(trainer, model, self.num_samples, self.nfe, self.seed)
         table = "\n".join(["| | generated |", "|---|---|", *(f"| {i} | {cell(t)} |" for i, t in enumerate(texts))])
         writer.add_text("samples", table, trainer.global_step)
 
@@ -148,8 +147,7 @@ class ShowSamples(L.Callback):
         model = as_ldlm(pl_module)
         if trainer.global_rank or model.tokenizer is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        with trainer.precision_plugin.forward_context():
-            texts = model.generate(self.num_samples, self.nfe, seed=self.seed, batch_size=self.num_samples)
+        texts = sample_texts(trainer, model, self.num_samples, self.nfe, self.seed)
         console = Console()
         table = Table("generated", "real", title=f"after {trainer.global_step} steps", show_lines=True, expand=True)
         for generated, real in zip(texts, self._real(trainer, model), strict=False):
@@ -201,6 +199,12 @@ class ReconstructionWriter(L.Callback):
             file.write("".join(line + "\n" for line in self._lines).encode())
         Console(stderr=True).print(f"{len(self._lines)} rows and their reconstructions are in {path}", markup=False)
         self._lines = []
+
+
+def sample_texts(trainer: L.Trainer, model: LDLM, count: int, nfe: int, seed: int) -> list[str]:
+    """Texts generated in the precision of the run."""
+    with trainer.precision_plugin.forward_context():
+        return model.generate(count, nfe, seed=seed, batch_size=count)
 
 
 def tensorboard(trainer: L.Trainer) -> Any:
