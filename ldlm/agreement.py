@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ldlm.data import PackedTextDataModule
 from ldlm.decoders import TokenDecoder
 from ldlm.denoiser import Denoiser
-from ldlm.encoders import TokenEncoder
+from ldlm.encoders import FrozenTokenEncoder, TokenEncoder
 from ldlm.latents import LatentDecoder, LatentEncoder
 from ldlm.packing import name_tokenizer, tokenizer_digest, vocabulary_size
 
@@ -21,12 +21,17 @@ def check_parts(
     decoder: LatentDecoder,
     token_decoder: TokenDecoder,
     tokenizer: PreTrainedTokenizerBase | None,
+    reconstructs: bool,
 ) -> None:
-    """Compare the sizes that the parts have in common, and the tokenizer's vocabulary with the encoder's."""
+    """Compare the sizes that the parts have in common, and the tokenizer's vocabulary with the encoder's.
+
+    A model that reconstructs hidden states decodes into their width; others may use any.
+    """
+    width = token_encoder.hidden_size if reconstructs else decoder.hidden_size
     for one, other, what in [
         (token_encoder.hidden_size, encoder.hidden_size, "token_encoder and latent_encoder: hidden_size"),
-        (token_encoder.hidden_size, decoder.hidden_size, "token_encoder and latent_decoder: hidden_size"),
-        (token_encoder.hidden_size, token_decoder.hidden_size, "both token coders: hidden_size"),
+        (width, decoder.hidden_size, "token_encoder and latent_decoder: hidden_size"),
+        (decoder.hidden_size, token_decoder.hidden_size, "latent_decoder and token_decoder: hidden_size"),
         (token_encoder.vocab_size, token_decoder.vocab_size, "both token coders: vocab_size"),
         (encoder.latent_size, denoiser.latent_size, "latent_encoder and denoiser: latent_size"),
         (encoder.latent_size, decoder.latent_size, "latent_encoder and latent_decoder: latent_size"),
@@ -54,4 +59,21 @@ def check_data(data: PackedTextDataModule, sequence_length: int, tokenizer: PreT
         raise ValueError(
             f"the data is tokenised by {name_tokenizer(data.loaded_tokenizer)} and the model's texts are made by "
             f"{name_tokenizer(tokenizer)}: give both the same tokenizer"
+        )
+
+
+def check_encoder(token_encoder: TokenEncoder, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Compare the tokenizer with the one that lies beside a pre-trained encoder's weights, token by token.
+
+    A few tokens may differ, as when somebody added a padding token; two models' vocabularies differ almost everywhere,
+    even where their sizes agree.
+    """
+    own = token_encoder.own_tokenizer() if isinstance(token_encoder, FrozenTokenEncoder) else None
+    if own is None or tokenizer is None:
+        return
+    theirs, ours = own.get_vocab(), tokenizer.get_vocab()
+    if sum(ours.get(token) != number for token, number in theirs.items()) > 0.01 * len(theirs):
+        raise ValueError(
+            f"the tokenizer {name_tokenizer(tokenizer)} gives other ids than the one of the token encoder, "
+            f"{name_tokenizer(own)}: use the tokenizer that belongs to the encoder"
         )

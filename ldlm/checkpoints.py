@@ -44,12 +44,13 @@ PARTS = (
 FORMAT = 1
 
 
-def describe(part: object, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+def describe(part: object, leave_out: tuple[str, ...] = (), kind: type | None = None) -> dict[str, Any]:
     """A part as plain data: the path of its class and the arguments that make it again.
 
     Args:
         part: Anything that keeps its constructor's arguments under their own names.
         leave_out: Arguments not to describe.
+        kind: The class to make it again as; None for its own.
 
     Raises:
         ValueError: If an argument is not kept under its name, or is not plain data or a part.
@@ -58,7 +59,7 @@ def describe(part: object, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
     >>> describe(TangentSchedule(d=3.0))
     {'class_path': 'ldlm.schedules.TangentSchedule', 'init_args': {'d': 3.0}}
     """
-    kind = type(part)
+    kind = kind or type(part)
     arguments = {}
     # A class without a constructor of its own has nn.Module's, which takes *args and **kwargs and uses neither.
     bare = isinstance(part, nn.Module) and kind.__init__ is nn.Module.__init__

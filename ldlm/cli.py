@@ -14,12 +14,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import NoReturn
 
 from ldlm import __version__
 
 LIGHTNING = {
     "fit": "train a model: ldlm fit --config quickstart",
+    "fit-decoder": "train another token decoder on fixed latents: --stage.checkpoint CKPT",
     "validate": "measure losses and reconstruction: ldlm validate --ckpt_path CKPT --data.dataset FILE",
     "test": "the same on the test rows",
     "predict": "write held-out rows beside their reconstructions, as JSON lines",
@@ -73,7 +75,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 def overview() -> str:
     """What ``ldlm --help`` prints."""
     ours = {name: str(function.__doc__).splitlines()[0].rstrip(".") for name, function in OURS.items()}
-    lines = [f"  {name:<10}{text[0].lower()}{text[1:]}" for name, text in (LIGHTNING | ours).items()]
+    lines = [f"  {name:<12}{text[0].lower()}{text[1:]}" for name, text in (LIGHTNING | ours).items()]
     return "\n".join(
         [
             f"ldlm {__version__}: latent diffusion language models trained jointly with their latent space",
@@ -117,17 +119,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def presets(words: Sequence[str]) -> None:
-    """List the shipped recipes."""
-    parser = Parser("ldlm presets", description="List the shipped recipes, for ldlm fit --config NAME.")
+    """List the shipped recipes, overlays and studies."""
+    parser = Parser("ldlm presets", description="List the shipped recipes, overlays and studies.")
     parser.parse_args(words)
-    for name in preset_names():
-        first = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        print(f"{name:<12}{first.lstrip('# ')}")
+    for folder, title in [
+        ("", "Recipes: ldlm fit --config NAME"),
+        ("overlays", "Overlays, on top of a recipe: ldlm fit --config owt128 --config NAME"),
+        ("studies", "Studies, tables of such runs: ldlm study NAME --scale laptop|paper"),
+    ]:
+        print(f"{title}")
+        for name in preset_names(folder):
+            print(f"  {name:<22}{first_line(CONFIGS / folder / f'{name}.yaml')}")
 
 
-def preset_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.name.removesuffix(".yaml") for path in CONFIGS.iterdir() if path.name.endswith(".yaml"))
+def first_line(file: Traversable) -> str:
+    """What a shipped file says of itself in its first line, a comment."""
+    return file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def preset_names(folder: str = "") -> list[str]:
+    """Names of the shipped recipes, or of what is in a folder beside them."""
+    files = (CONFIGS / folder).iterdir() if folder else CONFIGS.iterdir()
+    return sorted(path.name.removesuffix(".yaml") for path in files if path.name.endswith(".yaml"))
 
 
 def export(words: Sequence[str]) -> None:
@@ -142,30 +155,100 @@ def export(words: Sequence[str]) -> None:
     print(f"{options.folder} holds model.safetensors, ldlm.json and the tokenizer's files")
 
 
-def generate(words: Sequence[str]) -> None:
-    """Write texts from noise: ldlm generate CKPT -n 8 --nfe 64."""
-    parser = Parser("ldlm generate", description="Write texts from noise.")
-    parser.add_argument("checkpoint", help="a .ckpt file, an exported folder, or a hub id")
-    parser.add_argument("-n", "--num_samples", type=int, default=8, help="texts (default: 8)")
+def sampling_options(parser: Parser, num_samples: int, batch_size: int) -> None:
+    """The options by which texts are sampled from a model, and checks of them."""
+    parser.add_argument("-n", "--num_samples", type=int, default=num_samples, help="texts (default: %(default)s)")
     parser.add_argument("--nfe", type=int, default=64, help="calls of the denoiser per text (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed and batch size, same texts (default: 0)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows sampled together (default: 16)")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="sampled together (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the choice of tokens; 0 is the argmax")
     parser.add_argument("--sampler", help="class in ldlm.samplers (default: the model's)")
     parser.add_argument("--grid", help="time grid, a class in ldlm.samplers (default: the model's)")
-    parser.add_argument("--output", help="file of JSON lines to write instead of printing")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="arithmetic (default: 32)")
-    options = parser.parse_args(words)
+
+
+def check_sampling(options: argparse.Namespace) -> None:
+    """Fault if an option of `sampling_options` is out of its range."""
     for name, count in [("-n", options.num_samples), ("--nfe", options.nfe), ("--batch_size", options.batch_size)]:
         if count < 1:
             raise Fault(f"{name} {count} must be at least 1")
     if options.temperature < 0:
         raise Fault(f"--temperature {options.temperature} must be 0 (argmax) or more")
 
+
+def generate(words: Sequence[str]) -> None:
+    """Write texts from noise: ldlm generate CKPT -n 8 --nfe 64."""
+    parser = Parser("ldlm generate", description="Write texts from noise.")
+    parser.add_argument("checkpoint", help="a .ckpt file, an exported folder, or a hub id")
+    sampling_options(parser, num_samples=8, batch_size=16)
+    parser.add_argument("--seed", type=int, default=0, help="same seed and batch size, same texts (default: 0)")
+    parser.add_argument("--output", help="file of JSON lines to write instead of printing")
+    options = parser.parse_args(words)
+    check_sampling(options)
+
     from ldlm.texts import write_texts
 
     write_texts(options)
 
 
-OURS: dict[str, Callable[[Sequence[str]], None]] = {"generate": generate, "export": export, "presets": presets}
+def evaluate(words: Sequence[str]) -> None:
+    """Score a model or a file of samples: ldlm evaluate CKPT --seeds 0 1 2."""
+    parser = Parser("ldlm evaluate", description="Perplexity, entropy, n-gram diversity and MAUVE of generated texts.")
+    parser.add_argument("source", help="a .ckpt file, exported folder or hub id; or samples, as .jsonl or .txt")
+    parser.add_argument("--reference", help="file of real texts to score as well and to compare with by MAUVE")
+    parser.add_argument("--scorer", default="gpt2-large", help="hub id, folder or .gguf file (default: gpt2-large)")
+    parser.add_argument(
+        "--protocol", default="mdlm", help="plain, mdlm, hf_mean, tencdm, flow_matching (default: mdlm)"
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="scorer's tokens read of a text (default: its context; for a model under mdlm, the model's length)",
+    )
+    parser.add_argument(
+        "--tokenizer", help="whose ids entropy is over, where a file gives none (default: the scorer's)"
+    )
+    parser.add_argument("--output", help="file of JSON to write, with all that is needed to repeat this")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of texts each (default: 0)")
+    sampling_options(parser, num_samples=256, batch_size=64)
+    options = parser.parse_args(words)
+    check_sampling(options)
+
+    from ldlm.lab.evaluation import write_scores
+
+    write_scores(options)
+
+
+def study(words: Sequence[str]) -> None:
+    """Train, score and tabulate one of the paper's tables: ldlm study table1 --scale laptop."""
+    parser = Parser("ldlm study", description="Train, score and tabulate the cells of one of the paper's tables.")
+    parser.add_argument("name", help="a study that ldlm presets lists, or a YAML file like them")
+    parser.add_argument("--scale", choices=["laptop", "paper"], required=True, help="size of the runs")
+    parser.add_argument("--seeds", type=int, default=1, help="training seeds a cell (default: 1)")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help="run these cells alone")
+    parser.add_argument(
+        "--config", action="append", default=[], help="a recipe on top of every cell's, such as an encoder"
+    )
+    parser.add_argument("--output", default="ldlm_results", help="folder of tables and finished cells (%(default)s)")
+    parser.add_argument("--work", default="ldlm_runs/studies", help="folder of checkpoints and logs (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, help="cells side by side (default: one a GPU, or one for every so many cores)"
+    )
+    parser.add_argument("--threads", type=int, help="threads a cell without a GPU (default: 1)")
+    options = parser.parse_args(words)
+    for name, count in [("--seeds", options.seeds), ("--jobs", options.jobs), ("--threads", options.threads)]:
+        if count is not None and count < 1:
+            raise Fault(f"{name} {count} must be at least 1")
+
+    from ldlm.lab.study import run_study
+
+    run_study(options)
+
+
+OURS: dict[str, Callable[[Sequence[str]], None]] = {
+    "generate": generate,
+    "evaluate": evaluate,
+    "study": study,
+    "export": export,
+    "presets": presets,
+}

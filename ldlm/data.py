@@ -55,7 +55,7 @@ class PackedTextDataModule(L.LightningDataModule):
         detokenize: a named function of a module, applied to each text first, such as `ldlm.data.lm1b_detokenizer`.
         special_tokens: whether a row begins with [BOS] and ends with [EOS].
         text_unit: what a document of a `.txt` file is: "line", "paragraph" or "document".
-        validation_rows: use only the first so many held-out rows.
+        validation_rows: use only so many held-out rows, spread evenly over them.
         seed: of the batch order.
 
     Raises:

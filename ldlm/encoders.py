@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ldlm.hub import local_folder, weights_digest
+from ldlm.packing import load_tokenizer
 
 # Below this a feature's deviation is rounding: dividing by it would turn noise into a feature.
 MIN_STD = 1e-3
@@ -119,6 +120,12 @@ class FrozenTokenEncoder(TokenEncoder):
     @abc.abstractmethod
     def prepare(self, full: PreTrainedModel) -> None:
         """Cut the full pre-trained model down, in place, to what is needed."""
+
+    def own_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer whose files lie beside the weights; None if there are none."""
+        folder = local_folder(self.model, self.revision, "*.json", "*.txt", "*.model")
+        files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+        return load_tokenizer(str(folder)) if any((folder / file).is_file() for file in files) else None
 
     def frozen(self) -> Any:
         """The model on this module's device, read and verified now if it has not been."""

@@ -4,7 +4,7 @@ In: lists or CPU tensors. Out: matplotlib figures, to be saved or logged.
 Paper: Fig. 5 (loss against t and against the adapted time), Fig. 6 (gamma against the step).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -53,4 +53,58 @@ def gamma_curve(steps: Sequence[int], gamma: Sequence[float], now: int | None = 
         axes.legend(frameon=False)
     axes.set(xlabel="optimizer step s", ylabel="γ(s)", ylim=(-0.02, 1.05))
     axes.grid(alpha=0.3)
+    return figure
+
+
+def side_by_side(
+    labels: Sequence[str],
+    here: Sequence[tuple[float, float] | None],
+    paper: Sequence[tuple[float, float] | None],
+    quantity: str,
+    titles: tuple[str, str],
+) -> Figure:
+    """Two panels of points with error bars, a row a label, the second of published numbers: they share no axis.
+
+    Args:
+        labels: One a row, from the top; a label without points is a heading.
+        here: (mean, deviation) of each, None for no point.
+        paper: Likewise.
+        quantity: What both axes show, on a logarithmic scale.
+        titles: Of the panels.
+    """
+    figure = Figure(figsize=(2.2 * SIZE[0], 0.8 + 0.26 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, values, title, color in zip(panels, (here, paper), titles, ("tab:blue", "tab:grey"), strict=True):
+        for y, value in enumerate(values):
+            if value is not None:
+                axes.errorbar(value[0], y, xerr=value[1], fmt="o", markersize=5, capsize=2, color=color)
+        axes.set(xlabel=quantity, title=title, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=8, rotation=45)
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
+    for text in panels[0].get_yticklabels():
+        if text.get_text().endswith(":"):
+            text.set_fontweight("bold")
+    return figure
+
+
+def loss_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], panels: Mapping[str, str]) -> Figure:
+    """Quantities against the optimizer step, a line a run: Fig. 3, middle and right.
+
+    Args:
+        curves: For each run, points [step, value] of each quantity.
+        panels: Quantities to draw, with their axis labels.
+    """
+    figure = Figure(figsize=(len(panels) * SIZE[0], 1.2 * SIZE[1]), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for run, quantities in curves.items():
+            if points := quantities.get(name):
+                axes.plot(*zip(*points, strict=True), label=run, linewidth=1.2)
+        axes.set(xlabel="optimizer step s", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    if figure.axes[0].lines:
+        figure.axes[0].legend(frameon=False, fontsize=8)
     return figure

@@ -99,12 +99,13 @@ class Generation(JointObjective):
         tokens = self.sample_tokens(num_samples, nfe, sampler, grid, seed, batch_size, temperature)
         return self.to_text(tokens)
 
-    def to_text(self, tokens: Tensor) -> list[str]:
-        """Token ids [b n] -> texts, without special tokens.
+    def to_text(self, tokens: Tensor, special_tokens: bool = False) -> list[str]:
+        """Token ids [b n] -> texts, without special tokens and without blanks at either end, or as they are with both.
 
         Raises:
             ValueError: If the model was made without a tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer to make text with: give LDLM(tokenizer=...)")
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)]
+        texts: list[str] = self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=not special_tokens)
+        return texts if special_tokens else [text.strip() for text in texts]

@@ -9,6 +9,7 @@ No encoder here ends in a norm: z0 is not normalised before diffusion, its scale
 
 import abc
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldlm.layers import Resampler, Transformer
@@ -57,6 +58,8 @@ class PerceiverResamplerEncoder(LatentEncoder):
         width: Width of the resampler.
         layers: Number of blocks.
         heads: Attention heads; must divide ``width``.
+        unit_variance: Scale every latent vector to mean square 1, as the autoencoders before this paper did, whose
+            latents are fixed before diffusion sees them. In joint training it would hide a collapse.
     """
 
     def __init__(
@@ -68,18 +71,20 @@ class PerceiverResamplerEncoder(LatentEncoder):
         width: int = 768,
         layers: int = 6,
         heads: int = 12,
+        unit_variance: bool = False,
     ) -> None:
         super().__init__(hidden_size, latent_size, num_latents or sequence_length)
         self.sequence_length = sequence_length
         self.width = width
         self.layers = layers
         self.heads = heads
+        self.unit_variance = unit_variance
         self.resampler = Resampler(hidden_size, sequence_length, width, self.num_latents, latent_size, layers, heads)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b n h] -> z0 [b m d]."""
         out: Tensor = self.resampler(hidden)
-        return out
+        return F.rms_norm(out.float(), (self.latent_size,)) if self.unit_variance else out
 
 
 class PerceiverResamplerDecoder(LatentDecoder):

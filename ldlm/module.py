@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.agreement import check_data, check_parts
+from ldlm.agreement import check_data, check_encoder, check_parts
 from ldlm.data import PackedTextDataModule
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
@@ -26,8 +26,6 @@ from ldlm.samplers import EulerMaruyama, Sampler, TimeGrid, UniformGrid
 from ldlm.schedules import NoiseSchedule, TangentSchedule
 from ldlm.storage import Storage
 from ldlm.timesteps import AdaptiveTimesteps, TimestepSampler
-
-VALIDATION_MEANS = ("diffusion", "reconstruction", "token", "accuracy", "accuracy_noised")
 
 
 class LDLM(Storage):
@@ -47,7 +45,8 @@ class LDLM(Storage):
             carry its files.
         sequence_length: Tokens a row, n.
         sigma_dec: Deviation of the noise added to the decoder's input in training.
-        diffusion_weight: Weight of the diffusion loss.
+        diffusion_weight: Weight of the diffusion loss; 0 switches it off and freezes the denoiser, which leaves an
+            autoencoder.
         reconstruction_weight: Weight of the hidden-state MSE; 0 switches it off.
         token_weight: Weight of the cross-entropy; 0 switches it off and freezes the token decoder.
         token_gradient: Whether the cross-entropy reaches latent decoder and encoder (Table 1's CE rows). The paper
@@ -55,6 +54,8 @@ class LDLM(Storage):
         token_fraction: Share of positions, drawn anew each step, on which the cross-entropy is taken. With the
             stopped gradient this only makes the token decoder's own gradient noisier.
         self_conditioning: Probability that a row is trained on its own previous estimate; 0 switches it off.
+        hidden_masking: Share of the positions whose hidden states the latent encoder does not see in training; the
+            paper's model sees all of them, COSMOS-like autoencoders do not.
         statistics_rows: Rows over which the hidden states' mean and deviation are measured.
         sampler: Solver used by `generate` when none is given.
         grid: Time grid likewise.
@@ -88,6 +89,7 @@ class LDLM(Storage):
         token_gradient: bool = False,
         token_fraction: float = 1.0,
         self_conditioning: float = 0.5,
+        hidden_masking: float = 0.0,
         statistics_rows: int = 4096,
         sampler: Sampler | None = None,
         grid: TimeGrid | None = None,
@@ -118,6 +120,7 @@ class LDLM(Storage):
         self.token_gradient = token_gradient
         self.token_fraction = token_fraction
         self.self_conditioning = self_conditioning
+        self.hidden_masking = hidden_masking
         self.statistics_rows = statistics_rows
         self.sampler = sampler or EulerMaruyama()
         self.grid = grid or UniformGrid()
@@ -130,6 +133,8 @@ class LDLM(Storage):
         self.seed = seed
         self._check()
         # DDP wants every trainable parameter used in every step.
+        if diffusion_weight == 0:
+            self.denoiser.requires_grad_(False)
         if token_weight == 0:
             self.token_decoder.requires_grad_(False)
         if reconstruction_weight == 0 and not (token_gradient and token_weight > 0):
@@ -149,6 +154,7 @@ class LDLM(Storage):
             ("reconstruction_weight", self.reconstruction_weight, 0, None),
             ("token_weight", self.token_weight, 0, None),
             ("self_conditioning", self.self_conditioning, 0, 1),
+            ("hidden_masking", self.hidden_masking, 0, 1),
             ("lr_decay", self.lr_decay, 0, 1),
         ]:
             if not value >= low or (high is not None and value > high):
@@ -164,6 +170,7 @@ class LDLM(Storage):
             self.latent_decoder,
             self.token_decoder,
             self.tokenizer,
+            self.reconstruction_weight > 0,
         )
 
     # ---- training ----------------------------------------------------------------------------------------------
@@ -175,7 +182,7 @@ class LDLM(Storage):
 
     def on_fit_start(self) -> None:
         """Refuse what would fail or mislead later; measure the hidden states' statistics, once."""
-        if self.gamma is None:
+        if self.gamma is None and self.diffusion_weight > 0:
             raise ValueError(MISSING_WARMUP)
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
@@ -186,8 +193,10 @@ class LDLM(Storage):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, PackedTextDataModule):
             check_data(data, self.sequence_length, self.tokenizer)
+        check_encoder(self.token_encoder, self.tokenizer)
         self._last_step = -1  # a second fit may begin with the step at which the first one ended
-        if isinstance(self.timesteps, AdaptiveTimesteps) and self.refresh_every is None:
+        adaptive = isinstance(self.timesteps, AdaptiveTimesteps) and self.diffusion_weight > 0
+        if adaptive and self.refresh_every is None:
             raise ValueError(
                 "AdaptiveTimesteps are never refreshed without their callback, and would stay uniform: add "
                 "AdaptiveTimestepUpdate(every_n_steps=5000) to the trainer's callbacks, or use UniformTimesteps()"
@@ -216,38 +225,31 @@ class LDLM(Storage):
         u = self.timesteps.sample(len(batch) * calls, times)[mine]
         noise = generator(self.seed, "noise", step, self._micro_step, self.global_rank, device=self.device)
         losses = self.losses(batch, noise, u)
-        self.timesteps.observe(u, losses.rows)
+        if self.diffusion_weight > 0:
+            self.timesteps.observe(u, losses.rows)
         self.log_dict(
             {
                 "train/loss": losses.total.detach(),
-                "train/diffusion": losses.diffusion.detach(),
-                "train/reconstruction": losses.reconstruction.detach(),
-                "train/token": losses.token.detach(),
                 "train/latent_std": losses.z0.std(dim=(0, 1)).mean(),
+                **{f"train/{name}": loss for name, loss in self.switched_on(losses).items()},
             }
         )
         return losses.total
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
         """Losses at evenly spread times, and the accuracy of clean and noised reconstruction."""
-        rows = len(batch)
-        if rows:
-            noise = generator(self.seed, "validation", batch_idx, self.global_rank, device=self.device)
-            u = (torch.arange(rows, device=self.device) + 0.5) / rows
-            losses = self.losses(batch, noise, u)
-            noised = losses.z0 + self.sigma_dec * normal_like(losses.z0, noise)
-            values = {
-                "diffusion": losses.diffusion,
-                "reconstruction": losses.reconstruction,
-                "token": losses.token,
-                "accuracy": (self.decode(losses.z0) == batch).float().mean(),
-                "accuracy_noised": (self.decode(noised) == batch).float().mean(),
-            }
-        else:  # this rank's share of the last batch; it still takes part in the sum over ranks, with no weight
-            values = dict.fromkeys(VALIDATION_MEANS, torch.zeros((), device=self.device))
-        logged = {f"validation/{name}": values[name] for name in VALIDATION_MEANS}
+        # The last batch may leave a rank nothing; it still takes part in the sums over ranks, with no weight.
+        rows, batch = len(batch), batch if len(batch) else batch.new_zeros(1, self.sequence_length)
+        noise = generator(self.seed, "validation", batch_idx, self.global_rank, device=self.device)
+        u = (torch.arange(len(batch), device=self.device) + 0.5) / len(batch)
+        losses = self.losses(batch, noise, u)
+        noised = losses.z0 + self.sigma_dec * normal_like(losses.z0, noise)
+        values = self.switched_on(losses)
+        values["accuracy"] = (self.decode(losses.z0) == batch).float().mean()
+        values["accuracy_noised"] = (self.decode(noised) == batch).float().mean()
+        logged = {f"validation/{name}": value for name, value in values.items()}
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=rows, sync_dist=True)
-        return {"u": u, "loss": losses.rows} if rows else None
+        return {"u": u, "loss": losses.rows} if rows and self.diffusion_weight > 0 else None
 
     def test_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
         """The same on the test rows."""

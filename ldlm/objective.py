@@ -28,7 +28,7 @@ MISSING_WARMUP = (
 
 
 class Losses(NamedTuple):
-    """The losses of one batch (Eq. 4 and 25-27), means over elements or tokens.
+    """The losses of one batch (Eq. 4 and 25-27), means over elements or tokens; zero where a loss is switched off.
 
     Attributes:
         total: What is minimised, scalar.
@@ -64,6 +64,7 @@ class JointObjective(L.LightningModule):
     token_gradient: bool
     token_fraction: float
     self_conditioning: float
+    hidden_masking: float
     gamma: Tensor | None
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -84,38 +85,61 @@ class JointObjective(L.LightningModule):
             u: Schedule times [b]; None draws them from `timesteps`.
 
         Raises:
-            ValueError: If gradients are wanted and gamma is unset.
+            ValueError: If the diffusion loss and gradients are wanted and gamma is unset.
         """
         if u is None:
             u = self.timesteps.sample(len(tokens), generator).to(tokens.device)
         hidden = self.token_encoder(tokens)
-        z0 = self.latent_encoder(hidden).float()
+        z0 = self.latent_encoder(self._masked(hidden, generator)).float()
+        diffusion = reconstruction = token = z0.new_zeros(())
+        rows = z0.new_zeros(len(tokens))
 
-        # Eq. 28, in a form that leaves the value exact in every dtype: the noised input and the target see z0, and only
-        # the gradient that reaches the latent encoder is multiplied by gamma.
-        target = z0 if self._gamma() is None else z0.detach() + self._gamma() * (z0 - z0.detach())
-        alpha, sigma = self.schedule.alpha(u)[:, None, None], self.schedule.sigma(u)[:, None, None]
-        z_t = alpha * target + sigma * normal_like(z0, generator)
-        z0_hat = self.denoiser(z_t, u, self._self_condition(z_t, u, generator))
-        rows = (target - z0_hat).square().mean(dim=(1, 2))  # Eq. 25, per row
-        diffusion = rows.mean()
+        if self.diffusion_weight > 0:
+            # Eq. 28, in a form that leaves the value exact in every dtype: the noised input and the target see z0, and
+            # only the gradient that reaches the latent encoder is multiplied by gamma.
+            target = z0 if self._gamma() is None else z0.detach() + self._gamma() * (z0 - z0.detach())
+            alpha, sigma = self.schedule.alpha(u)[:, None, None], self.schedule.sigma(u)[:, None, None]
+            z_t = alpha * target + sigma * normal_like(z0, generator)
+            z0_hat = self.denoiser(z_t, u, self._self_condition(z_t, u, generator))
+            rows = (target - z0_hat).square().mean(dim=(1, 2))  # Eq. 25, per row
+            diffusion = rows.mean()
 
-        hidden_hat = self.latent_decoder(z0 + self.sigma_dec * normal_like(z0, generator))
-        reconstruction = F.mse_loss(hidden_hat.float(), hidden.detach())  # Eq. 26
-        token = torch.zeros((), device=z0.device)
-        if self.token_weight > 0:
-            positions = None
-            if self.token_fraction < 1:
-                count = max(1, round(self.token_fraction * tokens.numel()))
-                shuffled = torch.rand(tokens.numel(), generator=generator, device=generator.device).argsort()
-                positions = shuffled[:count].to(tokens.device)
-            seen = hidden_hat if self.token_gradient else hidden_hat.detach()
-            token = self.token_decoder.loss(seen, tokens, positions)  # Eq. 27
+        if self.reconstruction_weight > 0 or self.token_weight > 0:
+            hidden_hat = self.latent_decoder(z0 + self.sigma_dec * normal_like(z0, generator))
+            if self.reconstruction_weight > 0:
+                reconstruction = F.mse_loss(hidden_hat.float(), hidden.detach())  # Eq. 26
+            if self.token_weight > 0:
+                seen = hidden_hat if self.token_gradient else hidden_hat.detach()
+                token = self.token_decoder.loss(seen, tokens, self._positions(tokens, generator))  # Eq. 27
 
-        total = self.diffusion_weight * diffusion + self.token_weight * token
-        if self.reconstruction_weight > 0:
-            total = total + self.reconstruction_weight * reconstruction
+        total = (
+            self.diffusion_weight * diffusion + self.reconstruction_weight * reconstruction + self.token_weight * token
+        )
         return Losses(total, diffusion, reconstruction, token, rows.detach(), z0.detach())
+
+    def switched_on(self, losses: Losses) -> dict[str, Tensor]:
+        """The losses that count in this model, by name, detached."""
+        weights = {
+            "diffusion": (self.diffusion_weight, losses.diffusion),
+            "reconstruction": (self.reconstruction_weight, losses.reconstruction),
+            "token": (self.token_weight, losses.token),
+        }
+        return {name: loss.detach() for name, (weight, loss) in weights.items() if weight > 0}
+
+    def _masked(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """What the latent encoder sees: in training, a share of the positions is zero, which is their mean."""
+        if self.hidden_masking == 0 or not self.training:
+            return hidden
+        kept = torch.rand(hidden.shape[:2], generator=generator, device=generator.device) >= self.hidden_masking
+        return hidden * kept.to(hidden)[..., None]
+
+    def _positions(self, tokens: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Indices of the positions on which the cross-entropy is taken; None for all of them."""
+        if self.token_fraction == 1:
+            return None
+        count = max(1, round(self.token_fraction * tokens.numel()))
+        shuffled = torch.rand(tokens.numel(), generator=generator, device=generator.device).argsort()
+        return shuffled[:count].to(tokens.device)
 
     def _gamma(self) -> Tensor | None:
         """Gamma, which may be unset only where there is no gradient to scale."""

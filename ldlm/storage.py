@@ -43,9 +43,14 @@ class Storage(Generation):
     averaged: dict[str, Tensor] | None
     raw: dict[str, Tensor] | None
 
+    @property
+    def kind(self) -> type:
+        """The class that a file makes this model again as. A seam for modules that train another model's parts."""
+        return type(self)
+
     def description(self) -> dict[str, Any]:
         """The model as plain data: parts, arguments, versions."""
-        model = describe(self, leave_out=("tokenizer",))
+        model = describe(self, leave_out=("tokenizer",), kind=self.kind)
         return {"format": FORMAT, "version": ldlm.__version__, "model": model}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What ``ldlm generate`` does: texts from noise, streamed to the terminal or to a file.
 
-In: a checkpoint, an exported folder or a hub id. Out: texts on standard output, or JSON lines in a file.
+In: a checkpoint, an exported folder or a hub id. Out: texts on standard output, or JSON lines in a file (index, text,
+and the text's ids without special tokens).
 Paper: section 4.3 (sampling) and App. C: neither token encoder nor latent encoder is used.
 """
 
@@ -8,6 +9,7 @@ import argparse
 import difflib
 import json
 import logging
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from ldlm.files import write_atomically
 from ldlm.module import LDLM
@@ -65,6 +68,36 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def sample(
+    model: LDLM, options: argparse.Namespace, seed: int, sampler: Sampler | None, grid: TimeGrid | None
+) -> Iterator[Tensor]:
+    """Token ids of generated texts, batch by batch [b n], with a bar on standard error.
+
+    Args:
+        model: On the device it is to run on.
+        options: The command's: num_samples, nfe, batch_size, temperature, precision.
+        seed: Of the noise.
+        sampler: None for the model's.
+        grid: None for the model's.
+    """
+    count, size, nfe = options.num_samples, options.batch_size, options.nfe
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+        torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bf16"),
+    ):
+        task = bar.add_task("denoiser calls", total=-(-count // size) * nfe)
+        yield from model.sample_batches(
+            count, nfe, sampler, grid, seed, size, options.temperature, lambda _: bar.advance(task)
+        )
+
+
+def without_specials(model: LDLM, tokens: Tensor) -> list[list[int]]:
+    """The ids of each row [b n] that are not special tokens, on which entropy is measured."""
+    specials = set(model.tokenizer.all_special_ids) if model.tokenizer else set()
+    return [[token for token in row if token not in specials] for row in tokens.tolist()]
+
+
 def write_texts(options: argparse.Namespace) -> None:
     """Generate texts and write each batch as soon as it is there.
 
@@ -73,26 +106,26 @@ def write_texts(options: argparse.Namespace) -> None:
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     device = find_device(options.device)
-    if options.output and Path(options.output).is_dir():
-        raise ValueError(f"--output {options.output} is a folder; give the name of a file in it")
-    sampler: Sampler | None = named(options.sampler, SAMPLERS)
-    grid: TimeGrid | None = named(options.grid, GRIDS)
+    check_output(options.output)
+    sampler, grid = named(options.sampler, SAMPLERS), named(options.grid, GRIDS)
     model = load(options.checkpoint).to(device)
-    count, size, nfe = options.num_samples, options.batch_size, options.nfe
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         # The file appears under its name when it is complete.
         file = stack.enter_context(write_atomically(options.output)) if options.output else None
-        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"))
-        task = bar.add_task("denoiser calls", total=-(-count // size) * nfe)
-        batches = model.sample_batches(
-            count, nfe, sampler, grid, options.seed, size, options.temperature, lambda _: bar.advance(task)
-        )
-        for number, text in enumerate(text for tokens in batches for text in model.to_text(tokens)):
-            if file is None:
-                print(f"[{number}] {text}\n", flush=True)
-            else:
-                file.write((json.dumps({"index": number, "text": text}, ensure_ascii=False) + "\n").encode())
+        number = 0
+        for tokens in sample(model, options, options.seed, sampler, grid):
+            for text, ids in zip(model.to_text(tokens), without_specials(model, tokens), strict=True):
+                if file is None:
+                    print(f"[{number}] {text}\n", flush=True)
+                else:
+                    line = json.dumps({"index": number, "text": text, "ids": ids}, ensure_ascii=False)
+                    file.write(f"{line}\n".encode())
+                number += 1
     if options.output:
-        print(f"{count} texts are in {options.output}")
+        print(f"{options.num_samples} texts are in {options.output}")
+
+
+def check_output(output: str | None) -> None:
+    """ValueError if the file to be written is a folder."""
+    if output and Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder; give the name of a file in it")

@@ -1,11 +1,12 @@
-"""``ldlm fit | validate | test | predict``: LightningCLI with named recipes, shared options and short errors.
+"""``ldlm fit | fit-decoder | validate | test | predict``: LightningCLI with named recipes, shared options and short errors.
 
 In: words from a shell. Out: a Trainer's run.
 No section of the paper.
 
 ``--sequence_length``, ``--num_latents``, ``--tokenizer`` and ``--seed_everything`` are given once and reach the data,
-the model and every part that has such an argument. ``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take
-the model from the checkpoint, whatever a recipe says of it.
+the model and every part that has such an argument. ``--warmup.steps`` is the diffusion-to-encoder warm-up's length.
+``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take the model from the checkpoint and ``fit-decoder`` from
+``--stage.checkpoint``, whatever a recipe says of it.
 """
 
 import logging
@@ -15,6 +16,7 @@ import tempfile
 import warnings
 from typing import Any, NoReturn
 
+import lightning as L
 import torch
 import transformers
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -22,29 +24,62 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported so that their classes can be named in YAML without a path.
-from ldlm import __version__, callbacks, decoders, denoiser, encoders, latents, samplers, schedules, timesteps, watch
+from ldlm import (
+    __version__,
+    callbacks,
+    decoders,
+    denoiser,
+    encoders,
+    latents,
+    likelihood,
+    samplers,
+    schedules,
+    timesteps,
+    watch,
+)
+from ldlm.callbacks import DiffusionToEncoderWarmup
 from ldlm.checkpoints import read_checkpoint
 from ldlm.cli import CONFIGS, Fault, fail, nearest, preset_names
 from ldlm.data import PackedTextDataModule, load_tokenizer
 from ldlm.module import LDLM
 from ldlm.packing import name_tokenizer, tokenizer_digest
+from ldlm.stages import FixedLatents, TokenDecoderStage
 from ldlm.watch import ReconstructionWriter
 
-ROOMS = (callbacks, decoders, denoiser, encoders, latents, samplers, schedules, timesteps, watch)
+ROOMS = (
+    callbacks,
+    decoders,
+    denoiser,
+    encoders,
+    latents,
+    likelihood,
+    likelihood,
+    samplers,
+    schedules,
+    timesteps,
+    watch,
+)
+REQUIRED = {
+    "warmup.steps": "it is the length of the diffusion-to-encoder warm-up in optimizer steps, 0 for none (the paper's "
+    "worst row)",
+    "stage.checkpoint": "it is the checkpoint for whose latents a token decoder is trained",
+}
 KEYWORDS = ("best", "last", "hpc", "registry")  # values of --ckpt_path that Lightning looks up itself
 
 
 def find_recipe(name: str) -> str:
-    """The path of a config file, or of the shipped recipe of that name.
+    """The path of a config file, or of the shipped recipe or overlay of that name.
 
     Raises:
         Fault: If there is neither.
     """
     if os.path.isfile(name):
         return name
-    if name in preset_names():
-        return str(CONFIGS / f"{name}.yaml")
-    raise Fault(f"--config {name}: there is no such file and no such recipe{nearest(name, preset_names())}")
+    for folder in ("", "overlays"):
+        if name in preset_names(folder):
+            return str(CONFIGS / folder / f"{name}.yaml")
+    known = [*preset_names(), *preset_names("overlays")]
+    raise Fault(f"--config {name}: there is no such file and no such recipe{nearest(name, known)}")
 
 
 class NamedConfig(ActionConfigFile):  # type: ignore[misc]  # jsonargparse is read as untyped
@@ -67,6 +102,8 @@ class ShortErrors(LightningArgumentParser):
 def explain(message: str, options: list[str]) -> str:
     """One of jsonargparse's messages as one sentence, with the nearest option or class where a name is unknown."""
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    if key and "is required" in message:
+        return f"--{key[1]} is required; {REQUIRED.get(key[1], 'ldlm fit --help says what it is')}"
     option = f"--{key[1]}: " if key else ""
     if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", message):
         return f"there is no option {found[1]}{nearest(found[1], options)}"
@@ -90,10 +127,12 @@ class LDLMCLI(LightningCLI):
     Args:
         words: The command and its options.
         checkpoint: Of ``validate``, ``test`` and ``predict``: the file the model is taken from.
+        stage: Whether a `TokenDecoderStage` is trained and not an `LDLM`.
     """
 
-    def __init__(self, words: list[str], checkpoint: str | None) -> None:
+    def __init__(self, words: list[str], checkpoint: str | None, stage: bool) -> None:
         self.checkpoint = checkpoint
+        self.stage = stage
         self.stored: LDLM | None = None
         self.tokenizer_folder = tempfile.TemporaryDirectory()
         if checkpoint is not None:
@@ -119,13 +158,14 @@ class LDLMCLI(LightningCLI):
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Trainer, model and data; with a checkpoint, the recipe's model is read past."""
-        if self.stored is None:
+        """Trainer, model and data; with a checkpoint, what the recipe says of the model is read past."""
+        if self.stored is None and not self.stage:
             super().add_core_arguments_to_parser(parser)
             return
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_lightning_class_args(PackedTextDataModule, "data")
-        parser.add_argument("--model", type=dict, default=None, help="not used: the checkpoint describes its model")
+        for key in ("model", "warmup", "num_latents", "latents", *(() if self.stage else ("stage",))):
+            parser.add_argument(f"--{key}", type=Any, default=None, help="not used: the checkpoint describes its model")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options that several things share."""
@@ -137,9 +177,18 @@ class LDLMCLI(LightningCLI):
         parser.link_arguments("sequence_length", "data.sequence_length")
         parser.link_arguments("tokenizer", "data.tokenizer")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        if stored is not None:
+        if stored is not None or self.stage:
             parser.add_argument("--encoder", type=str | None, default=None, help="where the token encoder is now")
+            parser.add_argument("--output", default="reconstructions.jsonl", help="of predict: file to write")
+            if self.stage:
+                parser.add_class_arguments(TokenDecoderStage, "stage")
+                parser.link_arguments("seed_everything", "stage.seed", compute_fn=int)
             return
+        parser.add_lightning_class_args(DiffusionToEncoderWarmup, "warmup")
+        parser.add_argument(
+            "--latents", type=str | None, default=None, help="checkpoint whose coders are taken, frozen (FixedLatents)"
+        )
+        parser.add_argument("--stage", type=Any, default=None, help="of fit-decoder; not used here")
         parser.add_argument(
             "--num_latents", type=int | None, default=None, help="latent vectors a row (default: sequence_length)"
         )
@@ -161,11 +210,21 @@ class LDLMCLI(LightningCLI):
         if trainer.accelerator == "auto" and torch.backends.mps.is_available():
             trainer.accelerator = "cpu"  # Apple's GPUs have no float64, which the timesteps' statistics need
         super().instantiate_classes()
+        given = self.config[self.config.subcommand]
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if self.config.subcommand == "predict":
-            self.trainer.callbacks.append(ReconstructionWriter())  # type: ignore[attr-defined]
-        if self.stored is None:
-            return
-        given, stored = self.datamodule, self.stored
+            callbacks.append(ReconstructionWriter(given.output))
+        if self.stage:
+            self.model = self.config_init[self.config.subcommand].stage
+            move_encoder(self.model, given.encoder)
+        elif self.stored is not None:
+            self._take_stored(self.stored, given)
+        elif given.latents is not None:
+            callbacks.insert(0, FixedLatents(given.latents))  # before EMA asks what is trainable
+
+    def _take_stored(self, stored: LDLM, options: Namespace) -> None:
+        """Compare what was given with what the checkpoint holds."""
+        given = self.datamodule
         if given.sequence_length != stored.sequence_length:
             raise Fault(
                 f"--sequence_length {given.sequence_length}: {self.checkpoint} was trained with "
@@ -178,10 +237,14 @@ class LDLMCLI(LightningCLI):
                     f"--tokenizer {given.tokenizer} is {name_tokenizer(theirs)}, but {self.checkpoint} was trained "
                     f"with another, of {len(stored.tokenizer):,} tokens; leave the option out"
                 )
-        folder = self.config[self.config.subcommand].encoder
-        if folder is not None and isinstance(stored.token_encoder, encoders.FrozenTokenEncoder):
-            stored.token_encoder.model = folder
+        move_encoder(stored, options.encoder)
         self.model = stored
+
+
+def move_encoder(model: LDLM, folder: str | None) -> None:
+    """Tell a model where its token encoder's files are now."""
+    if folder is not None and isinstance(model.token_encoder, encoders.FrozenTokenEncoder):
+        model.token_encoder.model = folder
 
 
 def run(words: list[str]) -> None:
@@ -192,13 +255,17 @@ def run(words: list[str]) -> None:
     """
     quiet()
     checkpoint = value_of("--ckpt_path", words)
-    fitting, named = words[0] == "fit", checkpoint not in (None, *KEYWORDS)
+    fitting, named = words[0].startswith("fit"), checkpoint not in (None, *KEYWORDS)
     if fitting and named:
         read_checkpoint(str(checkpoint))  # before LightningCLI opens it; LDLMCLI reads it for the other commands
     if not fitting and checkpoint is None and not {"-h", "--help", "--print_config"} & {*words}:
         raise Fault(f"{words[0]} needs a model: give --ckpt_path CHECKPOINT")
     try:
-        LDLMCLI(words, checkpoint if named and not fitting else None)
+        LDLMCLI(
+            ["fit" if fitting else words[0], *words[1:]],
+            checkpoint if named and not fitting else None,
+            words[0] == "fit-decoder",
+        )
     except (MisconfigurationException, ValueError) as error:
         raise Fault(explain(str(error), [])) from error
 

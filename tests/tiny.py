@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     BertModel,
     GPT2Config,
+    GPT2LMHeadModel,
     GPT2Model,
     LlamaConfig,
     LlamaModel,
@@ -142,3 +143,16 @@ def make_pretrained(family: str, folder: Path) -> PreTrainedModel:
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model.eval()
+
+
+def make_scorer_folder(folder: Path, positions: int = 32) -> Path:
+    """A random GPT-2 with a vocabulary of `make_tokenizer`, saved as people save scorers."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": VOCAB, "n_positions": positions, "n_embd": HIDDEN, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(str(folder))
+    return folder

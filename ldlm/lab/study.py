@@ -1,0 +1,126 @@
+"""What ``ldlm study`` does: the cells of one of the paper's tables trained, sampled, scored and put side by side.
+
+In: a study, a scale, how many seeds. Out: a JSON file a cell, one Markdown table, one figure.
+Paper: Tables 1, 2, 4-7 and Fig. 3.
+
+Cells run side by side, one a GPU, or one for so many cores. One that fails is told of and does not stop the others.
+"""
+
+import argparse
+import os
+import re
+import signal
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import Any, NoReturn
+
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from ldlm.cli import nearest
+from ldlm.lab.cells import Cell, Slot, find_study, finished, plan, run_cell
+from ldlm.lab.tables import write_summary
+
+
+def run_study(options: argparse.Namespace) -> None:
+    """Run what is not finished, and write the table of what is.
+
+    Raises:
+        ValueError: If the study, a cell or a recipe does not exist, a finished cell was run with other settings, or a
+            cell is being run by another process.
+        SystemExit: With status 1 if a cell failed, 130 if the study was interrupted.
+    """
+    console = Console(stderr=True, highlight=False)
+    study = find_study(options.name)
+    label = f"{Path(options.name).stem}-{options.scale}"
+    output, work = Path(options.output) / label, Path(options.work) / label
+    before = [int(found[1]) for path in output.glob("*.json") if (found := re.search(r"-seed(\d+)\.json$", path.name))]
+    cells = plan(study, options.scale, max(options.seeds, *before, 0) + 1, output, work, options.config)
+    for name in options.only or []:
+        if name not in study["cells"]:
+            raise ValueError(f"--only {name}: the study has no such cell{nearest(name, [*study['cells']])}")
+    chosen = [cell for cell in cells if cell.seed < options.seeds and (not options.only or cell.name in options.only)]
+    pending = [cell for cell in chosen if not cell.fit_only and finished(cell) is None]
+    output.mkdir(parents=True, exist_ok=True)
+    locks = [_claim(cell) for cell in pending]
+    slots = make_slots(options.jobs, options.threads, lambda line: console.print(line, markup=False))
+    console.print(f"{label}: {len(pending)} cells to run, {len(slots)} at a time; logs are in {work}", markup=False)
+    failed = run_all(pending, slots)
+    for lock in locks:
+        lock.release()
+
+    results = [result for cell in cells if cell.result.is_file() and (result := finished(cell)) is not None]
+    write_summary(study, label, results, failed, output)
+    for title, reason in failed.items():
+        console.print(f"{title} failed: {reason}", markup=False)
+    console.print(f"{len(results)} finished cells are in {output}/table.md", markup=False)
+    if failed:
+        raise SystemExit(1)
+
+
+def _claim(cell: Cell) -> FileLock:
+    """Keep other processes from the cell's files; the operating system frees them when this one ends, however."""
+    cell.work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cell.work / "cell.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{cell.work} is being written by another ldlm study: wait for it, or give another --work and --output"
+        ) from None
+    return lock
+
+
+def make_slots(jobs: int | None, threads: int | None, tell: Any) -> list[Slot]:
+    """One slot a GPU; without GPUs, one for every so many cores.
+
+    Args:
+        jobs: How many at most; None for as many as there are.
+        threads: Threads a cell on a CPU; None for one, with which small models make the most of a core.
+        tell: Prints a line.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():
+        return [Slot(os.environ | {"CUDA_VISIBLE_DEVICES": device}, tell) for device in devices[:jobs]]
+    per_cell = threads or 1
+    count = jobs or max(1, len(os.sched_getaffinity(0)) // per_cell)
+    return [Slot(os.environ | {"OMP_NUM_THREADS": str(per_cell)}, tell) for _ in range(count)]
+
+
+def run_all(cells: list[Cell], slots: list[Slot]) -> dict[str, str]:
+    """Run cells on slots; why those that failed did, by title."""
+    free: Queue[Slot] = Queue()
+    for slot in slots:
+        free.put(slot)
+
+    def one(cell: Cell) -> None:
+        slot = free.get()
+        try:
+            run_cell(cell, slot)
+        finally:
+            free.put(slot)
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    failed: dict[str, str] = {}
+    usual = signal.signal(signal.SIGTERM, interrupt)
+    executor = ThreadPoolExecutor(len(slots))
+    futures: list[tuple[Cell, Future[None]]] = [(cell, executor.submit(one, cell)) for cell in cells]
+    try:
+        for cell, future in futures:
+            error = future.exception()
+            if error is not None:
+                failed[cell.title] = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for slot in slots:
+            slot.stop()
+        executor.shutdown()
+        raise SystemExit(130) from None  # finished cells are kept, and the same command goes on
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    return failed

@@ -1,0 +1,213 @@
+"""The table, the figure and the verdicts of a study, from the JSON of its cells.
+
+In: a study's rows with what the paper printed, and cells' results. Out: table.md, figure.png and .pdf, curves.png and .pdf.
+Paper: Tables 1, 2 and 4-7; Fig. 3, middle and right.
+
+A verdict compares two rows of one block whose order the paper's numbers settle, by two deviations. Ours settle it by two
+deviations over training seeds; where no cell has several seeds, over drawn texts, which is said.
+"""
+
+import math
+import statistics
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from ldlm.figures import loss_curves, side_by_side
+from ldlm.files import write_atomically
+
+# Column: heading, decimals, whether it is printed times 100 as in the paper, whether more is better.
+COLUMNS = {
+    "perplexity": ("gen. PPL ↓", 1, False, False),
+    "mauve": ("MAUVE ↑", 1, True, True),
+    "diversity": ("div. ↑", 1, True, True),
+    "entropy": ("entropy ↑", 2, False, True),
+    "accuracy": ("reconstruction ↑", 1, True, True),
+}
+JUDGED = ("perplexity", "mauve")
+APART = 2.0  # deviations of a difference from which it counts
+
+
+class Value(NamedTuple):
+    """A number, its deviation over training seeds (over draws of texts if there is one), and how many seeds."""
+
+    mean: float
+    deviation: float
+    seeds: int
+
+
+def measure(results: list[dict[str, Any]], name: str) -> Value | None:
+    """One metric of one cell over its seeds; None if no result has it."""
+    draws: list[list[float]] = []
+    for result in results:
+        if name == "accuracy":
+            values = [result["validation"].get("validation/accuracy")]
+        else:
+            values = result["scores"].get(name, {}).get("per_seed", [])
+        factor = 100 if COLUMNS[name][2] else 1
+        known = [factor * value for value in values if value is not None]
+        if known:
+            draws.append(known)
+    if not draws:
+        return None
+    means = [statistics.fmean(values) for values in draws]
+    spread = means if len(means) > 1 else draws[0]
+    return Value(statistics.fmean(means), statistics.stdev(spread) if len(spread) > 1 else 0.0, len(means))
+
+
+def by_cell(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results of each cell, one a seed."""
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        cells.setdefault(result["cell"], []).append(result)
+    return cells
+
+
+def noise(cells: dict[str, list[dict[str, Any]]], name: str) -> tuple[float, bool]:
+    """The relative deviation of one cell's number, pooled over cells, and whether it is over training seeds.
+
+    It is relative because perplexities of 100 and 1,000 do not vary by the same amount.
+    """
+    values = [value for found in cells.values() if (value := measure(found, name)) is not None and value.mean > 0]
+    several = [value for value in values if value.seeds > 1]
+    chosen = several or values
+    if not chosen:
+        return 0.0, False
+    return math.sqrt(statistics.fmean((value.deviation / value.mean) ** 2 for value in chosen)), bool(several)
+
+
+def verdicts(study: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
+    """One line for each pair of rows of a block whose order the paper settles, as Markdown list items."""
+    cells, lines = by_cell(results), []
+    for title, rows in study["tables"].items():
+        for name in JUDGED:
+            relative, _ = noise(cells, name)
+            for (one, first), (two, second) in combinations(rows.items(), 2):
+                if name not in first or name not in second:
+                    continue
+                (a, da), (b, db) = first[name], second[name]
+                x, y = measure(cells.get(first["cell"], []), name), measure(cells.get(second["cell"], []), name)
+                if x is None or y is None or abs(a - b) < APART * math.hypot(da, db):
+                    continue
+                apart = abs(x.mean - y.mean) > APART * relative * math.hypot(x.mean, y.mean)
+                word = ("came out" if (x.mean < y.mean) == (a < b) else "reversed") if apart else "within the noise"
+                decimals, sign = COLUMNS[name][1], "<" if a < b else ">"
+                lines.append(
+                    f"| {title} | {COLUMNS[name][0][:-2]} | {one} {sign} {two} | {a:g} {sign} {b:g} | "
+                    f"{x.mean:.{decimals}f}, {y.mean:.{decimals}f} | **{word}** |"
+                )
+    return lines
+
+
+def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], failed: dict[str, str]) -> str:
+    """The study's table, its verdicts, and the command of each cell."""
+    cells = by_cell(results)
+    seeds = max((len(found) for found in cells.values()), default=0)
+    spread = "training seeds" if seeds > 1 else "draws of texts with one training seed"
+    headings = [heading for heading, *_ in COLUMNS.values()]
+    paper = [f"paper's {COLUMNS[name][0]}" for name in ("perplexity", "mauve", "entropy")]
+    lines = [
+        f"`{label}`: mean ± standard deviation over {spread}. The paper's columns: {study.get('published', '')}. They are "
+        "of other data, sizes and scorers, and stand here for their order only.",
+        "",
+        f"| {' | '.join(['', *headings, 'seeds', *paper])} |",
+        f"|---{'|---:' * (len(headings) + 1 + len(paper))}|",
+    ]
+    if results and results[0]["scores"].get("reference"):
+        real = results[0]["scores"]["reference"]
+        found = [real.get(name, {}).get("mean") for name in COLUMNS]
+        texts = [
+            "" if value is None else f"{100 * value if times else value:.{decimals}f}"
+            for value, (_, decimals, times, _) in zip(found, COLUMNS.values(), strict=True)
+        ]
+        lines.append(f"| real texts | {' | '.join(texts)} | | {' | '.join([''] * len(paper))} |")
+    for title, rows in study["tables"].items():
+        lines.append(f"| **{title}** {'|' * (len(headings) + 2 + len(paper))}")
+        for row, about in rows.items():
+            found = cells.get(about["cell"], [])
+            lines.append(f"| {row} | {' | '.join([*ours(found), *theirs(about)])} |")
+    lines += ["", *(f"* {title} failed: {reason}" for title, reason in failed.items())]
+    judged = verdicts(study, results)
+    if judged:
+        relative, over_seeds = noise(cells, "perplexity")
+        what = (
+            "training seeds"
+            if over_seeds
+            else "draws of texts only: what another training seed would give is not in it"
+        )
+        lines += [
+            f"Whether the paper's order came out, where the paper's own deviations settle it. Two numbers count as different "
+            f"when they are {APART:g} deviations apart; the deviation, {100 * relative:.1f} % of a perplexity, is over {what}.",
+            "",
+            "| block | metric | the paper's order | paper | here | |",
+            "|---|---|---|---|---|---|",
+            *judged,
+            "",
+        ]
+    lines += ["Each cell, its command, seed, time and versions:", ""]
+    for result in sorted(results, key=lambda result: (result["seed"], result["cell"])):
+        total = sum(result["seconds"].values())
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        lines.append(
+            f"* {result['cell']}, seed {result['seed']}: {total / 60:.1f} min ({result['seconds']['fit'] / 60:.1f} of training) "
+            f"on {result['device']}, {result['threads'] or 'all'} threads; {versions}; `{result['settings']['commands'][0]}`"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ours(found: list[dict[str, Any]]) -> list[str]:
+    """A row's own numbers, and how many seeds they are of."""
+    texts = []
+    for name, (_, decimals, _, _) in COLUMNS.items():
+        value = measure(found, name)
+        deviation = f" ± {value.deviation:.{decimals}f}" if value is not None and value.deviation else ""
+        texts.append("" if value is None else f"{value.mean:.{decimals}f}{deviation}")
+    return [*texts, str(len(found)) if found else "not run"]
+
+
+def theirs(about: dict[str, Any]) -> list[str]:
+    """What the paper printed for a row."""
+    names = ("perplexity", "mauve", "entropy")
+    return [f"{about[name][0]:g} ± {about[name][1]:g}" if name in about else "" for name in names]
+
+
+def figures(study: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Figure]:
+    """The study's figures by file name: perplexity of all rows beside the paper's, and loss curves if it asks for them."""
+    cells = by_cell(results)
+    labels, here, paper = [], [], []
+    for title, rows in study["tables"].items():
+        labels.append(f"{title}:")
+        here.append(None)
+        paper.append(None)
+        for row, about in rows.items():
+            value = measure(cells.get(about["cell"], []), "perplexity")
+            labels.append(row)
+            here.append((value.mean, value.deviation) if value else None)
+            paper.append(tuple(about["perplexity"]) if "perplexity" in about else None)
+    found = {
+        "figure": side_by_side(labels, here, paper, "generative perplexity", ("here", "paper (other data and sizes)"))
+    }
+    curves = {row: cells[cell][0]["curves"] for row, cell in study.get("curves", {}).items() if cell in cells}
+    if curves:
+        panels = {
+            "diffusion": "diffusion loss (MSE per element)",
+            "reconstruction": "hidden-state loss (MSE per element)",
+        }
+        found["curves"] = loss_curves(curves, panels | {"latent_std": "standard deviation of z0"})
+    return found
+
+
+def write_summary(
+    study: dict[str, Any], label: str, results: list[dict[str, Any]], failed: dict[str, str], output: Path
+) -> None:
+    """Write table.md and the figures into the study's folder."""
+    with write_atomically(output / "table.md") as file:
+        file.write(markdown(study, label, results, failed).encode())
+    if not results:
+        return
+    for name, figure in figures(study, results).items():
+        for kind in ("png", "pdf"):
+            with write_atomically(output / f"{name}.{kind}") as file:
+                figure.savefig(file, format=kind, dpi=150)

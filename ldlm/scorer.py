@@ -1,0 +1,211 @@
+"""Scorers, the causal language models that texts are scored with, and the protocols by which peers score.
+
+In: the name of a model; texts, or rows of its token ids. Out: nats of each token, features of each text [num h].
+Paper: section 5, whose generative perplexity is gpt2-large's. Published numbers follow one of five protocols.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ldlm.files import resolve, sha256
+from ldlm.hub import local_folder, weights_digest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH_TOKENS = 4096  # with gpt2-large's vocabulary, 0.8 GB of float32 logits
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A causal language model; no nn.Module, so that what holds one never writes its weights into a checkpoint.
+
+    Attributes:
+        name: What it was asked for by.
+        dtype: What its weights are kept in.
+        sha256: Digest of its weights.
+        context: The most tokens it reads at once.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    dtype: str
+    sha256: str
+    context: int
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with no special token added."""
+        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return rows
+
+    @torch.no_grad()
+    def nats(self, rows: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+        """Negative log-likelihood of tokens 2, 3, ... of each row given those before, float64 on the CPU.
+
+        Args:
+            rows: Token ids, none of more than ``context``.
+            batch_tokens: Tokens read together, padding included; logits take 4 bytes times the vocabulary for each.
+        """
+        found = [torch.empty(0, dtype=torch.float64)] * len(rows)
+        for places, ids in self._batches(rows, batch_tokens):
+            with torch.autocast(ids.device.type, enabled=False):  # a trainer's bf16-mixed must not change a score
+                logits = self.model(input_ids=ids, use_cache=False).logits
+            for place, row, guess in zip(places, ids, logits, strict=True):  # each alone: no second copy of all logits
+                last = len(rows[place]) - 1
+                loss = F.cross_entropy(guess[:last].float(), row[1 : last + 1], reduction="none")
+                found[place] = loss.double().cpu()
+        return found
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[str], max_length: int = 1024, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+        """What MAUVE compares: the last layer's hidden state at each text's last token, float32 [num h] on the CPU.
+
+        Args:
+            texts: The texts. An empty one is read as a single end-of-text token.
+            max_length: Tokens read of a text; mauve-text's default.
+            batch_tokens: Tokens read together, padding included.
+        """
+        limit, end = min(max_length, self.context), [self.tokenizer.eos_token_id or 0]
+        rows = [row[:limit] or end for row in self.encode(texts)]
+        found = torch.empty(len(rows), self.model.config.hidden_size)
+        for places, ids in self._batches(rows, batch_tokens):
+            with torch.autocast(ids.device.type, enabled=False):
+                hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            for place, states in zip(places, hidden, strict=True):
+                found[place] = states[len(rows[place]) - 1].float()
+        return found
+
+    def _batches(self, rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Rows of like length together, longest first: their places in ``rows``, their ids padded on the right [b n].
+
+        A causal model sees nothing to the right, so padding needs no mask and changes no result.
+        """
+        order = sorted((place for place, row in enumerate(rows) if row), key=lambda place: -len(rows[place]))
+        while order:
+            count = max(1, batch_tokens // len(rows[order[0]]))
+            places, order = order[:count], order[count:]
+            yield places, pad_sequence([torch.tensor(rows[place]) for place in places], True).to(self.model.device)
+
+
+def load_scorer(name: str, dtype: str = "float32", device: torch.device | str = "cpu") -> Scorer:
+    """Load a scorer, once: it is given to every metric that needs one.
+
+    Args:
+        name: Hub id, a folder, or a ``.gguf`` file; ``package:NAME/...`` for a folder or file of a package.
+        dtype: float32, bfloat16 or float16, into which the weights of a ``.gguf`` are unpacked.
+        device: Where it runs.
+
+    Raises:
+        ValueError: If it is not to be had, or the dtype is another.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
+    packed = name.endswith(".gguf")
+    try:
+        path = Path(resolve(name))
+        folder = path.parent if packed else local_folder(name, None, "*.json", "*.txt", "*.model", "*.safetensors")
+        digest, file = (sha256(path), path.name) if packed else (weights_digest(folder), None)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=DTYPES[dtype], trust_remote_code=False
+        )
+    except FileNotFoundError as error:  # its text says how to get the package
+        raise ValueError(f"scorer: {error}") from error
+    except ImportError as error:
+        raise ValueError(f'scorer {name!r} needs gguf and accelerate: pip install "ldlm[eval]"') from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"scorer {name!r} is not to be had: check the name and the network, or give a folder that holds a causal "
+            "language model in safetensors, or a .gguf file"
+        ) from error
+    try:
+        context = int(model.config.max_position_embeddings)
+    except AttributeError:  # a family without positions
+        context = int(tokenizer.model_max_length)
+    return Scorer(name, model.requires_grad_(False).eval().to(device), tokenizer, dtype, digest, context)
+
+
+# How texts' scores [... num 2], nats lost and tokens scored, become one perplexity [...].
+def _over_tokens(scores: Tensor) -> Tensor:
+    nats, tokens = scores.sum(-2).unbind(-1)
+    return (nats / tokens).exp()
+
+
+def _over_texts(scores: Tensor) -> Tensor:
+    return (scores[..., 0] / scores[..., 1]).exp().mean(-1)
+
+
+def _over_middle_texts(scores: Tensor) -> Tensor:
+    perplexities = (scores[..., 0] / scores[..., 1]).exp().sort(-1).values
+    count = perplexities.shape[-1]
+    return perplexities[..., count // 20 : count - count // 20].mean(-1)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A definition of generative perplexity. Numbers of different definitions are not comparable.
+
+    Attributes:
+        definition: In words, for reports.
+        reduce: From texts' scores [... num 2], (nats, tokens), to perplexity [...].
+        bos: Whether the scorer's BOS is put before each text, so that its first token is scored.
+        mdlm_eos: Whether end-of-text tokens are padded and left out as MDLM does.
+        special_tokens: Whether the generating model's special tokens stay in the texts.
+    """
+
+    definition: str
+    reduce: Callable[[Tensor], Tensor]
+    bos: bool = False
+    mdlm_eos: bool = False
+    special_tokens: bool = False
+
+
+PROTOCOLS = {
+    "plain": Protocol(
+        "exp of the mean over all scored tokens; texts without the model's special tokens; no BOS, so that a text's "
+        "first token is context only",
+        _over_tokens,
+    ),
+    "mdlm": Protocol(
+        "exp of the mean over all scored tokens; texts with the model's special tokens; no BOS, so that a text's first "
+        "token is context only; of the end-of-text tokens in a text only the first is scored, text after it is scored; "
+        "texts are padded with end-of-text to the longest given together, so a shorter text that has none gets one",
+        _over_tokens,
+        mdlm_eos=True,
+        special_tokens=True,
+    ),
+    "hf_mean": Protocol(
+        "mean over texts of exp of the mean over a text's tokens; texts without the model's special tokens; BOS before "
+        "each text, so that all its tokens are scored",
+        _over_texts,
+        bos=True,
+    ),
+    "tencdm": Protocol(
+        "as hf_mean, but the lowest and the highest twentieth of the texts' perplexities (rounded down) are left out",
+        _over_middle_texts,
+        bos=True,
+    ),
+    "flow_matching": Protocol(
+        "mean over texts of exp of the mean over a text's tokens but the first; texts with the model's special tokens, "
+        "end-of-text scored like any other; texts are tokenised again, where the original scores the model's ids",
+        _over_texts,
+        special_tokens=True,
+    ),
+}
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of that name; ValueError offering the nearest if there is none."""
+    if name not in PROTOCOLS:
+        close = difflib.get_close_matches(name, PROTOCOLS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"there is no protocol {name!r} among {', '.join(PROTOCOLS)}{hint}")
+    return PROTOCOLS[name]
