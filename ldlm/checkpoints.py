@@ -62,7 +62,7 @@ def describe(part: object, leave_out: tuple[str, ...] = (), kind: type | None = 
     kind = kind or type(part)
     arguments = {}
     # A class without a constructor of its own has nn.Module's, which takes *args and **kwargs and uses neither.
-    bare = isinstance(part, nn.Module) and kind.__init__ is nn.Module.__init__
+    bare = isinstance(part, nn.Module) and inspect.getattr_static(kind, "__init__") is nn.Module.__init__
     for name in [] if bare else list(inspect.signature(kind).parameters):
         if name in leave_out:
             continue

@@ -1,8 +1,8 @@
 """The other trainings: some parts of a model learn while the rest stands still.
 
-In: a checkpoint whose latents are kept as they are. Out: the denoiser of those latents, or another token decoder for them.
-Paper: Table 2, row COSMOS (an autoencoder first, then a diffusion model on its fixed latents), and App. B.2, Table 5 (token
-decoders trained after everything else).
+In: a checkpoint whose latents are kept as they are. Out: a denoiser of them, or another token decoder for them.
+Paper: Table 2, row COSMOS (an autoencoder first, then a diffusion model on its fixed latents), and App. B.2, Table 5
+(token decoders trained after everything else).
 
 An autoencoder alone needs nothing from here: it is an `LDLM` with ``diffusion_weight=0``.
 """
@@ -55,12 +55,12 @@ class FixedLatents(L.Callback):
                 f"{self.checkpoint} has latents of {stored.sequence_length} tokens and the model reads rows of "
                 f"{model.sequence_length}: give sequence_length={stored.sequence_length}"
             )
-        if model.tokenizer is not None and stored.tokenizer is not None:
-            if tokenizer_digest(model.tokenizer) != tokenizer_digest(stored.tokenizer):
-                raise ValueError(
-                    f"{self.checkpoint} was trained with the tokenizer {name_tokenizer(stored.tokenizer)} and the "
-                    f"model has {name_tokenizer(model.tokenizer)}: give both the same"
-                )
+        tokenizers = [tokenizer for tokenizer in (model.tokenizer, stored.tokenizer) if tokenizer is not None]
+        if len({tokenizer_digest(tokenizer) for tokenizer in tokenizers}) > 1:
+            ours, theirs = map(name_tokenizer, tokenizers)
+            raise ValueError(
+                f"{self.checkpoint} was trained with the tokenizer {theirs} and the model has {ours}: give both one"
+            )
         for name in CODERS:
             one, other = describe(model.get_submodule(name)), describe(stored.get_submodule(name))
             if one["class_path"] != other["class_path"]:

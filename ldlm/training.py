@@ -1,4 +1,4 @@
-"""``ldlm fit | fit-decoder | validate | test | predict``: LightningCLI with named recipes, shared options and short errors.
+"""``ldlm fit | fit-decoder | validate | test | predict``: LightningCLI with named recipes and short errors.
 
 In: words from a shell. Out: a Trainer's run.
 No section of the paper.

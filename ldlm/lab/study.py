@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ldlm.cli import nearest
-from ldlm.lab.cells import Cell, Slot, find_study, finished, plan, run_cell
+from ldlm.lab.cells import Slot, finished, run_cell
+from ldlm.lab.plan import Cell, find_study, plan
 from ldlm.lab.tables import write_summary
 
 
@@ -37,7 +38,7 @@ def run_study(options: argparse.Namespace) -> None:
     label = f"{Path(options.name).stem}-{options.scale}"
     output, work = Path(options.output) / label, Path(options.work) / label
     before = [int(found[1]) for path in output.glob("*.json") if (found := re.search(r"-seed(\d+)\.json$", path.name))]
-    cells = plan(study, options.scale, max(options.seeds, *before, 0) + 1, output, work, options.config)
+    cells = plan(study, options.scale, max(options.seeds, *(seed + 1 for seed in before)), output, work, options.config)
     for name in options.only or []:
         if name not in study["cells"]:
             raise ValueError(f"--only {name}: the study has no such cell{nearest(name, [*study['cells']])}")
@@ -45,8 +46,12 @@ def run_study(options: argparse.Namespace) -> None:
     pending = [cell for cell in chosen if not cell.fit_only and finished(cell) is None]
     output.mkdir(parents=True, exist_ok=True)
     locks = [_claim(cell) for cell in pending]
-    slots = make_slots(options.jobs, options.threads, lambda line: console.print(line, markup=False))
-    console.print(f"{label}: {len(pending)} cells to run, {len(slots)} at a time; logs are in {work}", markup=False)
+    slots = make_slots(options.jobs, options.threads, lambda line: console.print(line, markup=False, soft_wrap=True))
+    console.print(
+        f"{label}: {len(pending)} cells to run, {len(slots)} at a time; logs are in {work}",
+        markup=False,
+        soft_wrap=True,
+    )
     failed = run_all(pending, slots)
     for lock in locks:
         lock.release()
@@ -54,8 +59,8 @@ def run_study(options: argparse.Namespace) -> None:
     results = [result for cell in cells if cell.result.is_file() and (result := finished(cell)) is not None]
     write_summary(study, label, results, failed, output)
     for title, reason in failed.items():
-        console.print(f"{title} failed: {reason}", markup=False)
-    console.print(f"{len(results)} finished cells are in {output}/table.md", markup=False)
+        console.print(f"{title} failed: {reason}", markup=False, soft_wrap=True)
+    console.print(f"{len(results)} finished cells are in {output}/table.md", markup=False, soft_wrap=True)
     if failed:
         raise SystemExit(1)
 

