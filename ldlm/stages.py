@@ -48,6 +48,8 @@ class FixedLatents(L.Callback):
             check_weights(part, state, f"{name} of {self.checkpoint}")
             part.load_state_dict(state)
             part.requires_grad_(False)
+        if model.averaged is not None:  # by an EMA that stands before this
+            model.averaged = {name: a for name, a in model.averaged.items() if name.partition(".")[0] not in CODERS}
 
     def _compare(self, model: LDLM, stored: LDLM) -> None:
         if model.sequence_length != stored.sequence_length:

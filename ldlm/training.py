@@ -34,6 +34,7 @@ from ldlm import (
     likelihood,
     samplers,
     schedules,
+    stages,
     timesteps,
     watch,
 )
@@ -53,9 +54,9 @@ ROOMS = (
     encoders,
     latents,
     likelihood,
-    likelihood,
     samplers,
     schedules,
+    stages,
     timesteps,
     watch,
 )

@@ -7,17 +7,18 @@ What is finished has a JSON file, and is never run again nor overwritten; what w
 checkpoint.
 """
 
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ldlm
@@ -42,15 +43,34 @@ class Slot:
         self.tell = tell
         self.process: subprocess.Popen[bytes] | None = None
 
-    def run(self, words: list[str], log: IO[str]) -> int:
-        """Run a process to its end; its exit status."""
-        self.process = subprocess.Popen(words, stdout=log, stderr=log, env=self.environment)
+    def run(self, words: list[str], log: IO[str], locks: Sequence[int]) -> int:
+        """Run a process to its end, which holds these locks too; its exit status."""
+        self.process = subprocess.Popen(words, stdout=log, stderr=log, env=self.environment, pass_fds=locks)
         return self.process.wait()
 
     def stop(self) -> None:
         """End the process that is running, if any."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
+
+
+def claim(path: Path, wait: bool) -> int:
+    """Lock a file, made if need be; its descriptor, which is the lock until `os.close`.
+
+    The system frees the lock when the last process that has the descriptor ends: a training that outlives its killed
+    study keeps others out of its folder.
+
+    Raises:
+        BlockingIOError: If somebody has the lock and ``wait`` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:
@@ -62,13 +82,12 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     if not cell.result.is_file():
         return None
     found: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
-    compare(found["settings"], cell, cell.result)
+    compare(found["settings"], cell.settings(), cell, cell.result)
     return found
 
 
-def compare(found: dict[str, Any], cell: Cell, file: Path) -> None:
+def compare(found: dict[str, Any], wanted: dict[str, Any], cell: Cell, file: Path) -> None:
     """ValueError if the settings that a file was made with are not the cell's."""
-    wanted = cell.settings()
     for key, value in wanted.items():
         if found.get(key) != value:
             raise ValueError(
@@ -77,17 +96,22 @@ def compare(found: dict[str, Any], cell: Cell, file: Path) -> None:
             )
 
 
-def run_cell(cell: Cell, slot: Slot) -> None:
+def run_cell(cell: Cell, slot: Slot, lock: int) -> None:
     """Train, sample and score one cell, and write its JSON.
+
+    Args:
+        cell: The cell.
+        slot: Where it runs.
+        lock: The descriptor that keeps others out of its folder.
 
     Raises:
         ValueError: If a command fails; the sentence is the command's own.
     """
-    seconds = {"fit": fit(cell, slot)}
+    seconds = {"fit": fit(cell, slot, [lock])}
     if cell.fit_only:
         return
     for command in cell.commands[1:]:
-        seconds[command[0]] = execute(cell, command, slot)
+        seconds[command[0]] = execute(cell, command, slot, [lock])
     accumulator = EventAccumulator(str(cell.work / "fit"), size_guidance={"scalars": 0})
     accumulator.Reload()
     there = accumulator.Tags()["scalars"]
@@ -112,26 +136,27 @@ def run_cell(cell: Cell, slot: Slot) -> None:
         file.write((json.dumps(result, indent=1) + "\n").encode())
 
 
-def fit(cell: Cell, slot: Slot) -> float:
-    """Train a cell, after the one it starts from; seconds taken, over all attempts, or at once if it is trained."""
+def fit(cell: Cell, slot: Slot, locks: list[int]) -> float:
+    """Train a cell, after the one it starts from, or do nothing if it is trained; the seconds of its last attempt."""
     if cell.needs is not None:
-        fit(cell.needs, slot)
-    cell.work.mkdir(parents=True, exist_ok=True)
-    with FileLock(cell.work / "fit.lock"):  # two cells may start from this one
-        note = cell.work / "fit.json"
-        state: dict[str, Any] = {"seconds": 0.0, "done": False}
+        fit(cell.needs, slot, locks)
+    lock = claim(cell.work / "fit.lock", wait=True)  # two cells may start from this one
+    try:
+        note, wanted = cell.work / "fit.json", cell.settings(fit_only=True)
+        state: dict[str, Any] = {"settings": wanted, "seconds": None}
         if note.is_file():
             state = json.loads(note.read_text(encoding="utf-8"))
-        if "settings" in state:
-            compare(state["settings"], cell, note)
-        if not state["done"]:
-            command, last = cell.commands[0], checkpoint(cell.work)
-            state |= {"settings": cell.settings()}
+            compare(state["settings"], wanted, cell, note)
+        if state["seconds"] is None:
             _write(note, state)
+            last = checkpoint(cell.work)
             resume = ("--ckpt_path", str(last)) if last.is_file() else ()
-            state["seconds"] += execute(cell, (*command, *resume), slot)
-            _write(note, state | {"done": True})
+            state["seconds"] = execute(cell, (*cell.commands[0], *resume), slot, [*locks, lock])
+            state["resumed"] = bool(resume)
+            _write(note, state)
         return float(state["seconds"])
+    finally:
+        os.close(lock)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -139,14 +164,14 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
-def execute(cell: Cell, command: tuple[str, ...], slot: Slot) -> float:
+def execute(cell: Cell, command: tuple[str, ...], slot: Slot, locks: list[int]) -> float:
     """Run one ``ldlm`` command, its output in a log file; the seconds it took."""
     origin = str(cell.needs.work) if cell.needs else ""
     words = [word.replace("WORK", str(cell.work)).replace("FROM", origin) for word in command]
     log = cell.work / f"{command[0]}.log"
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
-        status = slot.run([sys.executable, "-m", "ldlm", *words], file)
+        status = slot.run([sys.executable, "-m", "ldlm", *words], file, locks)
     seconds = time.monotonic() - start
     if status != 0:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

@@ -75,14 +75,15 @@ class Cell:
         """What messages call it."""
         return f"{self.name}, seed {self.seed}"
 
-    def settings(self) -> dict[str, Any]:
-        """All that decides a result: commands, the digests of the files they name, and what the cell starts from."""
-        words = [word for command in self.commands for word in command]
+    def settings(self, fit_only: bool = False) -> dict[str, Any]:
+        """What decides a result, or training alone: commands, digests of files they name, what the cell starts from."""
+        commands = self.commands[:1] if fit_only else self.commands
+        words = [word for command in commands for word in command]
         named = sorted({word for before, word in pairwise(words) if before == "--config"})
         return {
-            "commands": [shlex.join(("ldlm", *command)) for command in self.commands],
+            "commands": [shlex.join(("ldlm", *command)) for command in commands],
             "configs": {os.path.basename(name): sha256(config_file(name))[:16] for name in named},
-            "needs": self.needs.settings() if self.needs else None,
+            "needs": self.needs.settings(fit_only=True) if self.needs else None,
         }
 
 

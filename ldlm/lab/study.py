@@ -16,11 +16,10 @@ from queue import Queue
 from typing import Any, NoReturn
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ldlm.cli import nearest
-from ldlm.lab.cells import Slot, finished, run_cell
+from ldlm.lab.cells import Slot, claim, finished, run_cell
 from ldlm.lab.plan import Cell, find_study, plan
 from ldlm.lab.tables import write_summary
 
@@ -38,23 +37,23 @@ def run_study(options: argparse.Namespace) -> None:
     label = f"{Path(options.name).stem}-{options.scale}"
     output, work = Path(options.output) / label, Path(options.work) / label
     before = [int(found[1]) for path in output.glob("*.json") if (found := re.search(r"-seed(\d+)\.json$", path.name))]
-    cells = plan(study, options.scale, max(options.seeds, *(seed + 1 for seed in before)), output, work, options.config)
+    cells = plan(study, options.scale, max([options.seeds, *(seed + 1 for seed in before)]), output, work, options.config)
     for name in options.only or []:
         if name not in study["cells"]:
             raise ValueError(f"--only {name}: the study has no such cell{nearest(name, [*study['cells']])}")
     chosen = [cell for cell in cells if cell.seed < options.seeds and (not options.only or cell.name in options.only)]
     pending = [cell for cell in chosen if not cell.fit_only and finished(cell) is None]
     output.mkdir(parents=True, exist_ok=True)
-    locks = [_claim(cell) for cell in pending]
+    locks = {cell.title: _claim(cell) for cell in pending}
     slots = make_slots(options.jobs, options.threads, lambda line: console.print(line, markup=False, soft_wrap=True))
     console.print(
         f"{label}: {len(pending)} cells to run, {len(slots)} at a time; logs are in {work}",
         markup=False,
         soft_wrap=True,
     )
-    failed = run_all(pending, slots)
-    for lock in locks:
-        lock.release()
+    failed = run_all(pending, slots, locks)
+    for lock in locks.values():
+        os.close(lock)
 
     results = [result for cell in cells if cell.result.is_file() and (result := finished(cell)) is not None]
     write_summary(study, label, results, failed, output)
@@ -65,17 +64,14 @@ def run_study(options: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def _claim(cell: Cell) -> FileLock:
-    """Keep other processes from the cell's files; the operating system frees them when this one ends, however."""
-    cell.work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cell.work / "cell.lock")
+def _claim(cell: Cell) -> int:
+    """Keep other processes from the cell's files."""
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        return claim(cell.work / "cell.lock", wait=False)
+    except BlockingIOError:
         raise ValueError(
             f"{cell.work} is being written by another ldlm study: wait for it, or give another --work and --output"
         ) from None
-    return lock
 
 
 def make_slots(jobs: int | None, threads: int | None, tell: Any) -> list[Slot]:
@@ -95,8 +91,8 @@ def make_slots(jobs: int | None, threads: int | None, tell: Any) -> list[Slot]:
     return [Slot(os.environ | {"OMP_NUM_THREADS": str(per_cell)}, tell) for _ in range(count)]
 
 
-def run_all(cells: list[Cell], slots: list[Slot]) -> dict[str, str]:
-    """Run cells on slots; why those that failed did, by title."""
+def run_all(cells: list[Cell], slots: list[Slot], locks: dict[str, int]) -> dict[str, str]:
+    """Run cells, whose locks are given by title, on slots; why those that failed did, by title."""
     free: Queue[Slot] = Queue()
     for slot in slots:
         free.put(slot)
@@ -104,7 +100,7 @@ def run_all(cells: list[Cell], slots: list[Slot]) -> dict[str, str]:
     def one(cell: Cell) -> None:
         slot = free.get()
         try:
-            run_cell(cell, slot)
+            run_cell(cell, slot, locks[cell.title])
         finally:
             free.put(slot)
 
