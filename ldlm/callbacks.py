@@ -112,8 +112,8 @@ class AdaptiveTimestepUpdate(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int
     ) -> None:
-        """Once an optimizer step, after its last micro-step."""
-        if trainer.global_step == self._step:
+        """Once an optimizer step, after its last micro-step; never where no diffusion loss is observed."""
+        if trainer.global_step == self._step or as_ldlm(pl_module).diffusion_weight == 0:
             return
         self._step = trainer.global_step
         timesteps = as_ldlm(pl_module).timesteps

@@ -99,7 +99,7 @@ def loss_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], p
         panels: Quantities to draw, with their axis labels.
     """
     figure = Figure(figsize=(len(panels) * SIZE[0], 1.2 * SIZE[1]), layout="constrained")
-    for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for run, quantities in curves.items():
             if points := quantities.get(name):
                 axes.plot(*zip(*points, strict=True), label=run, linewidth=1.2)

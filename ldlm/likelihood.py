@@ -44,7 +44,8 @@ class Terms(NamedTuple):
     Attributes:
         token_cross_entropy: CE(w; z~), summed over tokens.
         kl: The bound on KL(q^tau ‖ p), summed over the latents' elements.
-        hidden_density: −log N(h; latent_decoder(z~), sigma_rec² I), its constant included; a density's, so of any sign.
+        hidden_density: −log N(h; latent_decoder(z~), sigma_rec² I), its constant included; a density's, so of any sign;
+            NaN where the latent decoder does not decode into hidden states.
     """
 
     token_cross_entropy: Tensor
@@ -114,8 +115,11 @@ def likelihood_terms(
         kl = weight * (mu - z0_hat.double()).square().sum(dim=(1, 2))
 
         hidden_hat = model.latent_decoder(mu + math.hypot(tau, model.sigma_dec) * normal_like(mu, generator))
-        error = (hidden - hidden_hat.double()).square().sum(dim=(1, 2))
-        density = 0.5 * (error / sigma_rec**2 + hidden[0].numel() * math.log(2 * math.pi * sigma_rec**2))
+        if hidden_hat.shape == hidden.shape:
+            error = (hidden - hidden_hat.double()).square().sum(dim=(1, 2))
+            density = 0.5 * (error / sigma_rec**2 + hidden[0].numel() * math.log(2 * math.pi * sigma_rec**2))
+        else:  # straight from latents to tokens (`stages.TokenDecoderStage`): this model says nothing of h
+            density = torch.full_like(kl, math.nan)
         estimates.append(torch.stack([_cross_entropy(model.token_decoder, hidden_hat, tokens), kl, density]))
     return Terms(*torch.stack(estimates, dim=1))
 
@@ -187,10 +191,13 @@ class LikelihoodBound(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sum over ranks and log, while `EMA` has the averaged parameters in place."""
+        model = as_ldlm(pl_module)
         *nats, variance, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum")
         terms = Terms(*(term / tokens for term in nats))
         values = terms._asdict() | {"token_bound": terms.token_bound, "token_bound_error": variance.sqrt() / tokens}
         values[f"{AUGMENTED}_{self.sigma_rec:g}"] = terms.augmented_nelbo
+        if model.latent_decoder.hidden_size != model.token_encoder.hidden_size:
+            values = {name: value for name, value in values.items() if name.startswith(("token", "kl"))}
         # All ranks hold the same sums by now, but without sync_dist Lightning would warn.
         pl_module.log_dict({f"validation/{name}": value for name, value in values.items()}, sync_dist=True)
 

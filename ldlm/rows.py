@@ -54,10 +54,9 @@ class PackedRows(Dataset[Tensor]):
                 f"{self.body}; give more text or shorter rows; if this is the validation part, hold out more, "
                 "or make more documents of a .txt file: one a paragraph, or one a line with text_unit='line'"
             )
-        self.stride = 1.0
-        if limit is not None and limit < self.rows:
-            self.stride = self.rows / limit
-            self.rows = limit
+        self.found = self.rows
+        if limit is not None:
+            self.rows = min(self.rows, limit)
         self._stream: np.ndarray[Any, Any] | None = None
 
     def __len__(self) -> int:
@@ -72,7 +71,7 @@ class PackedRows(Dataset[Tensor]):
         if chosen.size and (chosen.min() < 0 or chosen.max() >= self.rows):
             raise IndexError(f"row index {index} is outside [0, {self.rows})")
         within = self._stream[: self.tokens // self.body * self.body].reshape(-1, self.body)
-        rows = torch.from_numpy(within[(chosen * self.stride).astype(np.int64)].astype(np.int64))
+        rows = torch.from_numpy(within[chosen * self.found // self.rows].astype(np.int64))
         if self.frame is None:
             return rows
         begin, end = self.frame

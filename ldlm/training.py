@@ -102,9 +102,9 @@ class ShortErrors(LightningArgumentParser):
 
 def explain(message: str, options: list[str]) -> str:
     """One of jsonargparse's messages as one sentence, with the nearest option or class where a name is unknown."""
+    if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", message):
+        return f"--{found[1]} is required; {REQUIRED.get(found[1], 'ldlm fit --help says what it is')}"
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
-    if key and "is required" in message:
-        return f"--{key[1]} is required; {REQUIRED.get(key[1], 'ldlm fit --help says what it is')}"
     option = f"--{key[1]}: " if key else ""
     if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", message):
         return f"there is no option {found[1]}{nearest(found[1], options)}"
@@ -165,8 +165,11 @@ class LDLMCLI(LightningCLI):
             return
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_lightning_class_args(PackedTextDataModule, "data")
-        for key in ("model", "warmup", "num_latents", "latents", *(() if self.stage else ("stage",))):
-            parser.add_argument(f"--{key}", type=Any, default=None, help="not used: the checkpoint describes its model")
+        unused: dict[str, Any] = {"model": dict, "warmup": dict, "num_latents": int | None, "latents": str | None}
+        for key, kind in (unused | ({} if self.stage else {"stage": dict})).items():
+            parser.add_argument(
+                f"--{key}", type=kind, default=None, help="not used: the checkpoint describes its model"
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options that several things share."""
@@ -189,7 +192,7 @@ class LDLMCLI(LightningCLI):
         parser.add_argument(
             "--latents", type=str | None, default=None, help="checkpoint whose coders are taken, frozen (FixedLatents)"
         )
-        parser.add_argument("--stage", type=Any, default=None, help="of fit-decoder; not used here")
+        parser.add_argument("--stage", type=dict, default=None, help="of fit-decoder; not used here")
         parser.add_argument(
             "--num_latents", type=int | None, default=None, help="latent vectors a row (default: sequence_length)"
         )

@@ -35,6 +35,7 @@ RECIPE = {
         "token_decoder": {"class_path": "LinearTokenDecoder", "init_args": {"hidden_size": 16, "vocab_size": 40}},
         "statistics_rows": 8,
     },
+    "warmup": {"steps": 2},
     "trainer": {
         "max_steps": 3,
         "accelerator": "cpu",
@@ -45,7 +46,6 @@ RECIPE = {
         "log_every_n_steps": 1,
         "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "tiny"}},
         "callbacks": [
-            {"class_path": "DiffusionToEncoderWarmup", "init_args": {"steps": 2}},
             {"class_path": "AdaptiveTimestepUpdate", "init_args": {"every_n_steps": 1}},
             {"class_path": "EMA"},
             {"class_path": "ShowSamples", "init_args": {"num_samples": 2, "nfe": 2}},
@@ -153,14 +153,51 @@ def test_an_encoder_that_moved_is_named_by_an_option(here, capsys, tmp_path):
     assert "validation/accuracy" in capsys.readouterr().out
 
 
-def test_presets_lists_every_recipe_with_a_line(capsys):
+def test_presets_lists_every_recipe_overlay_and_study_with_a_line(capsys):
     cli.main(["presets"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["lm1b", "owt", "owt128", "quickstart"]
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    folders = [cli.CONFIGS, cli.CONFIGS / "overlays", cli.CONFIGS / "studies"]
+    assert listed == [name for folder in folders for name in sorted(p.stem for p in folder.glob("*.yaml"))]
+    assert listed[:4] == ["lm1b", "owt", "owt128", "quickstart"]
+    assert [line.partition(":")[0] for line in lines if not line.startswith("  ")] == [
+        "Recipes",
+        "Overlays, on top of a recipe",
+        "Studies, tables of such runs",
+    ]
     assert all(len(line.split()) > 4 for line in lines)
 
 
+def test_predict_writes_where_it_is_told(here, tmp_path, capsys):
+    cli.main(["predict", "--ckpt_path", LAST, "--config", "tiny.yaml", "--output", str(tmp_path / "real.jsonl")])
+    lines = [json.loads(line) for line in (tmp_path / "real.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+
+
+def test_a_decoder_trained_afterwards_is_a_model_like_any_other(here, capsys):
+    stage = ["--stage.checkpoint", LAST, "--stage.layers", "1", "--stage.heads", "2", "--trainer.max_steps", "2"]
+    cli.main(["fit-decoder", "--config", "tiny.yaml", *stage, "--trainer.logger.init_args.name", "decoder"])
+    checkpoint = "runs/decoder/version_0/checkpoints/last.ckpt"
+    new, old = (torch.load(path, weights_only=True)["state_dict"] for path in (checkpoint, LAST))
+    assert new["token_decoder.head.weight"].shape == (40, 12)  # from latents, of width 12
+    kept = [name for name in old if not name.startswith(("latent_decoder", "token_decoder"))]
+    assert all(torch.equal(new[name], old[name]) for name in kept)
+    cli.main(["generate", checkpoint, "-n", "2", "--nfe", "2"])
+    cli.main(["validate", "--ckpt_path", checkpoint, "--config", "tiny.yaml"])
+    assert "validation/accuracy" in capsys.readouterr().out
+
+
+def test_diffusion_on_the_latents_of_a_checkpoint_leaves_its_coders_alone(here):
+    only = ["--model.reconstruction_weight", "0", "--model.token_weight", "0", "--warmup.steps", "0"]
+    cli.main([*FIT, "--latents", LAST, *only, "--trainer.logger.init_args.name", "fixed"])
+    checkpoint = "runs/fixed/version_0/checkpoints/last.ckpt"
+    new, old = (torch.load(path, weights_only=True)["state_dict"] for path in (checkpoint, LAST))
+    moved = {name.partition(".")[0] for name in old if not torch.equal(new[name], old[name])}
+    assert moved == {"denoiser", "timesteps"}
+
+
 FIT = ("fit", "--config", "tiny.yaml")
+DECODER = ("fit-decoder", "--config", "tiny.yaml")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +224,18 @@ FIT = ("fit", "--config", "tiny.yaml")
         ([*FIT, "--ckpt_path", LAST, "--sequence_length", "10"], "has other shapes for"),
         ([*FIT, "--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
         ([*FIT, "--ckpt_path", "text.txt"], "text.txt is truncated or not a checkpoint"),
+        (
+            ["fit", "--config", "cold.yaml"],
+            r"--warmup\.steps is required; it is the length of the diffusion-to-encoder",
+        ),
+        ([*FIT, "--warmup.steps", "-1"], "steps=-1 must be 0"),
+        ([*FIT, "--latents", "none.ckpt"], "none.ckpt does not exist"),
+        ([*FIT, "--latents", LAST, "--model.latent_encoder.layers", "2"], r"latent_encoder\.layers=1 and the model 2"),
+        ([*DECODER], r"--stage\.checkpoint is required; it is the checkpoint for whose latents"),
+        ([*DECODER, "--stage.checkpoint", "none.ckpt"], "none.ckpt does not exist"),
+        ([*DECODER, "--stage.checkpoint", LAST, "--stage.layers", "-1"], "layers=-1 must be 0 .* or more"),
+        ([*DECODER, "--stage.checkpoint", LAST, "--stage.heads", "5"], "heads=5 does not divide width=12"),
+        ([*DECODER, "--stage.lairs", "1"], "no option --stage.lairs; did you mean '--stage.layers'"),
         (["validate", "--config", "tiny.yaml"], "validate needs a model: give --ckpt_path"),
         (
             ["validate", "--config", "tiny.yaml", "--ckpt_path", LAST, "--sequence_length", "10"],
@@ -207,6 +256,7 @@ FIT = ("fit", "--config", "tiny.yaml")
 )
 def test_what_is_wrong_is_said_in_one_sentence_with_status_2(here, capsys, words, told):
     (here / "empty.txt").write_text("\n\n")
+    (here / "cold.yaml").write_text(yaml.safe_dump({key: value for key, value in RECIPE.items() if key != "warmup"}))
     (here / "latin.txt").write_bytes(b"plain\ncaf\xe9\n")
     (here / "rows.jsonl").write_text(json.dumps({"text": "word1 word2", "id": 3}) + "\n")
     (here / "cut.ckpt").write_bytes((here / LAST).read_bytes()[:5000])
@@ -228,7 +278,7 @@ def test_a_class_of_the_users_is_found_in_the_current_folder_and_by_import_in_a_
 
 def test_a_warm_up_longer_than_the_run_is_warned_about(here, capsys):
     recipe = copy.deepcopy(RECIPE)
-    recipe["trainer"]["callbacks"][0]["init_args"]["steps"] = 90
+    recipe["warmup"]["steps"] = 90
     (here / "long.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.warns(UserWarning, match="warm-up of 90 steps is longer than the run of 3"):
         cli.main(["fit", "--config", "long.yaml"])

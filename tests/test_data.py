@@ -2,11 +2,12 @@
 
 import json
 import random
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import datasets
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
@@ -124,6 +125,20 @@ def test_the_calls_of_all_ranks_and_micro_steps_tile_each_global_batch(tmp_path,
     for step in range(2):
         calls = [per_rank[rank][step * micro_steps + m] for m in range(micro_steps) for rank in range(world_size)]
         assert list(chain.from_iterable(calls)) == order.batch(step)
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(10, 4), (7, 7), (7, 9), (100, 1), (49, 25), (1000, 333)])
+def test_a_limit_takes_rows_spread_evenly_over_the_whole_file(tmp_path, rows, limit):
+    path = tmp_path / "rows.bin"
+    np.arange(3 * rows, dtype="<u2").tofile(path)
+    some = PackedRows(path, "uint16", 3 * rows, 3, None, limit)
+    taken = (some[list(range(len(some)))][:, 0] // 3).tolist()
+    assert len(taken) == min(rows, limit)
+    assert taken[0] == 0
+    # Of so many equal stretches of the file, the row in which each begins.
+    assert taken == [max(row for row in range(rows) if row * len(taken) <= i * rows) for i in range(len(taken))]
+    gaps = {after - before for before, after in pairwise([*taken, rows])}
+    assert gaps <= {rows // len(taken), -(-rows // len(taken))}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])

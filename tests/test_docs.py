@@ -45,3 +45,18 @@ def test_the_reference_names_every_file_of_the_package_that_a_script_may_import(
     there = {path.stem for path in (DOCS.parent / "ldlm").glob("*.py")}
     assert there - named == {"__init__", "__main__", "cli", "training", "texts"}
     assert named <= there
+
+
+def test_the_reference_names_every_instrument_of_the_lab_in_one_section():
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: ldlm\.lab\.(\w+)$", page.partition("\n## The lab\n")[2], re.M)
+    assert sorted(named) == sorted(path.stem for path in (DOCS.parent / "ldlm" / "lab").glob("[a-z]*.py"))
+
+
+def test_the_tables_of_the_results_are_what_the_studies_wrote():
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("make_results", DOCS / "make_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert page.count("<!-- table1-laptop -->") == 1
+    assert module.fill(page) == page

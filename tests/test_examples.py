@@ -81,12 +81,10 @@ def test_the_encoder_of_the_extending_page_keeps_its_contract_and_trains_from_ya
     for title, code in blocks.items():
         Path(title).write_text(code)
     importlib.import_module("test_window").test_window_encoder()
-    callbacks = [
-        {"class_path": "DiffusionToEncoderWarmup", "init_args": {"steps": 0}},
-        {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1}},
-    ]
+    callbacks = [{"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1}}]
     small = {
         "data": {"dataset": "my_text.txt", "batch_size": 4, "validation_rows": 4},
+        "warmup": {"steps": 0},
         "trainer": {"callbacks": callbacks},
         "model": {"timesteps": {"class_path": "UniformTimesteps"}, "statistics_rows": 8},
     }

@@ -84,6 +84,20 @@ def test_the_number_of_latents_is_free_and_one_a_token_by_default(num_latents, m
     assert decoder(z0).shape == (2, 8, 10)
 
 
+def test_unit_variance_gives_every_latent_vector_mean_square_1_and_keeps_its_direction():
+    torch.manual_seed(0)
+    free = PerceiverResamplerEncoder(**SIZES)
+    with torch.no_grad():
+        list(free.parameters())[-1].add_(torch.randn(6))
+    unit = PerceiverResamplerEncoder(**SIZES, unit_variance=True)
+    unit.load_state_dict(free.state_dict())  # it has no parameters of its own
+    x = inputs(free)
+    z0, z1 = free(x), unit(x)
+    torch.testing.assert_close(z1.square().mean(-1), torch.ones(2, 8), rtol=1e-5, atol=0)
+    torch.testing.assert_close(z1, z0 / z0.square().mean(-1, keepdim=True).sqrt(), rtol=1e-4, atol=1e-5)
+    assert unit(x.bfloat16().float()).dtype == torch.float32
+
+
 def test_the_identity_pair_changes_nothing_and_learns_nothing():
     for part in (IdentityEncoder(10, 8), IdentityDecoder(10, 8)):
         x = inputs(part)

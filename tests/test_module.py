@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from ldlm import noise
 from ldlm.callbacks import AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
 from ldlm.decoders import LinearTokenDecoder, TransformerTokenDecoder
-from ldlm.denoiser import DiT
+from ldlm.denoiser import Denoiser, DiT
 from ldlm.latents import (
     IdentityDecoder,
     PerceiverResamplerDecoder,
@@ -134,6 +134,7 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_parameters(tmp_path):
         ({"reconstruction_weight": -1}, "reconstruction_weight=-1"),
         ({"token_weight": -1}, "token_weight=-1"),
         ({"self_conditioning": 1.5}, r"self_conditioning=1\.5 must be at least 0 and at most 1"),
+        ({"hidden_masking": 1.2}, r"hidden_masking=1\.2 must be at least 0 and at most 1"),
         ({"lr_decay": 2}, "lr_decay=2 must be at least 0 and at most 1"),
         ({"token_fraction": 0.0}, r"token_fraction=0\.0 must be above 0 and at most 1"),
         ({"token_encoder": FixedTokenEncoder(20)}, "token_encoder and latent_encoder: hidden_size differs, 20 and 16"),
@@ -141,7 +142,10 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_parameters(tmp_path):
             {"latent_decoder": PerceiverResamplerDecoder(20, LATENT, LENGTH, width=16, layers=1, heads=2)},
             "token_encoder and latent_decoder: hidden_size differs, 16 and 20",
         ),
-        ({"token_decoder": LinearTokenDecoder(20, VOCAB)}, "both token coders: hidden_size differs, 16 and 20"),
+        (
+            {"token_decoder": LinearTokenDecoder(20, VOCAB)},
+            "latent_decoder and token_decoder: hidden_size differs, 16 and 20",
+        ),
         ({"token_decoder": LinearTokenDecoder(HIDDEN, 41)}, "both token coders: vocab_size differs, 40 and 41"),
         ({"denoiser": TimeOnlyDenoiser(13, LENGTH)}, "latent_encoder and denoiser: latent_size differs, 12 and 13"),
         ({"denoiser": TimeOnlyDenoiser(LATENT, 9)}, "latent_encoder and denoiser: num_latents differs, 8 and 9"),
@@ -171,7 +175,56 @@ def test_a_token_weight_of_0_freezes_the_token_decoder(tmp_path):
     trainer = make_trainer(tmp_path, recipe(), max_steps=2)
     trainer.fit(model, make_data(tmp_path))
     assert torch.equal(model.token_decoder.head.weight, before)
-    assert trainer.callback_metrics["train/token"] == 0
+    logged = {name.partition("/")[2] for name in trainer.callback_metrics}
+    assert "token" not in logged
+    assert {"diffusion", "reconstruction"} <= logged
+
+
+class Raises(Denoiser):
+    """A denoiser that nobody may call."""
+
+    def __init__(self) -> None:
+        super().__init__(LATENT, LENGTH)
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, z_t, t, self_condition):
+        raise AssertionError("the denoiser was called")
+
+
+def test_an_autoencoder_alone_trains_and_validates_without_gamma_timesteps_or_denoiser(tmp_path):
+    model = make_model(diffusion_weight=0.0, denoiser=Raises())  # and no callback: none is asked for
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(tmp_path, [], max_steps=3)
+    trainer.fit(model, make_data(tmp_path))
+    changed = {name.partition(".")[0] for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert changed == {"token_encoder", "latent_encoder", "latent_decoder", "token_decoder"}  # of the first, statistics
+    assert model.gamma is None
+    assert {name for name in trainer.callback_metrics if "diffusion" in name} == set()
+    assert {"train/reconstruction", "train/token"} <= set(trainer.callback_metrics)
+    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert id(model.denoiser.weight) not in optimised
+    (got,) = trainer.validate(model, make_data(tmp_path), verbose=False)
+    losses = {"validation/reconstruction", "validation/token"}
+    assert got.keys() == losses | {"validation/accuracy", "validation/accuracy_noised"}
+
+
+def test_hidden_masking_hides_positions_in_training_and_none_in_validation(tmp_path):
+    seen = {True: [], False: []}
+
+    class Watching(PerceiverResamplerEncoder):
+        def forward(self, hidden):
+            seen[self.training].append((hidden == 0).all(-1).float().mean().item())
+            return super().forward(hidden)
+
+    coder = Watching(HIDDEN, LATENT, LENGTH, width=16, layers=1, heads=2)
+    model = make_model(latent_encoder=coder, hidden_masking=0.3)
+    make_trainer(tmp_path, recipe(), max_steps=6).fit(model, make_data(tmp_path, batch_size=24))
+    assert len(seen[True]) == 6
+    deviation = (0.3 * 0.7 / (6 * 24 * LENGTH)) ** 0.5
+    assert sum(seen[True]) / 6 == pytest.approx(0.3, abs=4 * deviation)
+    assert len(set(seen[True])) > 1  # drawn anew each step
+    assert seen[False]
+    assert not any(seen[False])
 
 
 # --- training and validation steps

@@ -110,6 +110,88 @@ def test_a_loss_of_weight_0_gives_its_own_part_no_gradient(weight, part):
     torch.testing.assert_close(losses.total, others[weight])
 
 
+class Counted(nn.Module):
+    """Counts the calls of a part, of its loss too."""
+
+    def __init__(self, model: LDLM, name: str) -> None:
+        super().__init__()
+        self.inner, self.count = model.get_submodule(name), 0
+        model.set_submodule(name, self)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.count += 1
+        return self.inner(*inputs)
+
+    def loss(self, *inputs: Tensor) -> Tensor:
+        self.count += 1
+        return self.inner.loss(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("off", "calls"),
+    [
+        # The denoiser runs twice with self-conditioning.
+        ((), {"denoiser": 2, "latent_decoder": 1, "token_decoder": 1}),
+        (("diffusion",), {"denoiser": 0, "latent_decoder": 1, "token_decoder": 1}),
+        (("token",), {"denoiser": 2, "latent_decoder": 1, "token_decoder": 0}),
+        (("reconstruction",), {"denoiser": 2, "latent_decoder": 1, "token_decoder": 1}),
+        (("reconstruction", "token"), {"denoiser": 2, "latent_decoder": 0, "token_decoder": 0}),
+        (("diffusion", "token"), {"denoiser": 0, "latent_decoder": 1, "token_decoder": 0}),
+    ],
+)
+def test_a_loss_of_weight_0_is_not_computed_and_the_others_are_what_they_were(off, calls):
+    u, tokens = torch.full((4,), 0.5), rows(4)
+    whole = with_gamma(1.0, sigma_dec=0.0).losses(tokens, generator(), u)
+    model = with_gamma(1.0, sigma_dec=0.0, **{f"{name}_weight": 0.0 for name in off})
+    counted = {name: Counted(model, name) for name in calls}
+    losses = model.losses(tokens, generator(), u)
+    assert {name: one.count for name, one in counted.items()} == calls
+    for name in ("diffusion", "reconstruction", "token"):
+        assert torch.equal(getattr(losses, name), torch.zeros(()) if name in off else getattr(whole, name))
+    assert set(model.switched_on(losses)) == {"diffusion", "reconstruction", "token"} - set(off)
+    assert losses.rows.shape == (4,)
+    assert losses.rows.any() == ("diffusion" not in off)
+
+
+@pytest.mark.parametrize(
+    ("changes", "frozen"),
+    [
+        ({}, set()),
+        ({"diffusion_weight": 0.0}, {"denoiser"}),
+        ({"token_weight": 0.0}, {"token_decoder"}),
+        ({"reconstruction_weight": 0.0}, {"latent_decoder"}),
+        ({"reconstruction_weight": 0.0, "token_gradient": True}, set()),
+        ({"reconstruction_weight": 0.0, "token_weight": 0.0}, {"latent_decoder", "token_decoder"}),
+    ],
+)
+def test_what_no_loss_reaches_is_frozen_and_everything_else_has_a_gradient(changes, frozen):
+    model = with_gamma(1.0, **changes)
+    model.losses(rows(4), generator()).total.backward()
+    named = list(model.named_parameters())
+    assert {name.partition(".")[0] for name, p in named if not p.requires_grad} == frozen
+    assert {name for name, p in named if p.requires_grad} == {name for name, p in named if p.grad is not None}
+
+
+def test_hidden_masking_hides_positions_from_the_encoder_and_not_from_the_target():
+    model, tokens = with_gamma(1.0, hidden_masking=0.25, sigma_dec=0.0, diffusion_weight=0.0), rows(64)
+    inputs = []
+    model.latent_encoder.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    model.train()
+    loss = model.losses(tokens, generator(5), torch.full((64,), 0.5)).reconstruction
+    hidden = model.token_encoder(tokens)
+    kept = torch.rand(64, LENGTH, generator=generator(5)) >= 0.25
+    masked = torch.where(kept[..., None], hidden, torch.zeros(()))
+    assert torch.equal(inputs[0], masked)
+    hidden_share = (inputs[0] == 0).all(-1).float().mean().item()
+    assert hidden_share == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / (64 * LENGTH)))
+    want = (model.latent_decoder(model.latent_encoder(masked)) - hidden).square().mean()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    model.eval()
+    inputs.clear()
+    model.losses(tokens, generator(5), torch.full((64,), 0.5))
+    assert torch.equal(inputs[0], hidden)
+
+
 def test_a_reconstruction_weight_of_0_freezes_the_latent_decoder_unless_the_cross_entropy_reaches_it():
     model = with_gamma(1.0, reconstruction_weight=0.0, token_gradient=True)
     assert any(g is not None for g in gradients(model.losses(rows(4), generator()).total, model.latent_decoder))

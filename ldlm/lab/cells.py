@@ -11,8 +11,10 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,16 +44,22 @@ class Slot:
         self.environment = environment
         self.tell = tell
         self.process: subprocess.Popen[bytes] | None = None
+        self._stopped, self._starting = False, threading.Lock()
 
     def run(self, words: list[str], log: IO[str], locks: Sequence[int]) -> int:
-        """Run a process to its end, which holds these locks too; its exit status."""
-        self.process = subprocess.Popen(words, stdout=log, stderr=log, env=self.environment, pass_fds=locks)
+        """Run a process to its end, which holds these locks too; its exit status. Nothing starts after `stop`."""
+        with self._starting:
+            if self._stopped:
+                return -signal.SIGTERM
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, env=self.environment, pass_fds=locks)
         return self.process.wait()
 
     def stop(self) -> None:
-        """End the process that is running, if any."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
+        """End the process that is running, if any, and start no other."""
+        with self._starting:
+            self._stopped = True
+            if self.process is not None and self.process.poll() is None:
+                self.process.terminate()
 
 
 def claim(path: Path, wait: bool) -> int:

@@ -110,8 +110,16 @@ def find_study(name: str) -> dict[str, Any]:
     if not isinstance(study, dict) or not all(isinstance(study.get(key), dict) for key in ("base", "cells", "tables")):
         raise ValueError(f"{path} is no study: it needs base, cells and tables, as those that ldlm presets lists have")
     rows = [row.get("cell") for table in study["tables"].values() for row in table.values()]
-    needed = [cell["from"]["cell"] for cell in study["cells"].values() if "from" in cell]
-    for cell in [*rows, *study.get("curves", {}).values(), *needed]:
+    above: set[str] = set()
+    for name, cell in study["cells"].items():
+        origin = cell.get("from", {})
+        if origin and (origin.get("cell") not in above or "option" not in origin):
+            raise ValueError(
+                f"{path.name}: the cell {name} needs from: {{cell: one that stands above it, option: what its "
+                f"checkpoint is given as}}, and has {origin}"
+            )
+        above.add(name)
+    for cell in [*rows, *study.get("curves", {}).values()]:
         if cell not in study["cells"]:
             raise ValueError(f"{path.name} names a cell it lacks, {cell!r}{nearest(str(cell), [*study['cells']])}")
     folded = [cell.casefold() for cell in study["cells"]]

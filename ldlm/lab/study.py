@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import signal
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -37,10 +38,13 @@ def run_study(options: argparse.Namespace) -> None:
     label = f"{Path(options.name).stem}-{options.scale}"
     output, work = Path(options.output) / label, Path(options.work) / label
     before = [int(found[1]) for path in output.glob("*.json") if (found := re.search(r"-seed(\d+)\.json$", path.name))]
-    cells = plan(study, options.scale, max([options.seeds, *(seed + 1 for seed in before)]), output, work, options.config)
+    seeds = max([options.seeds, *(seed + 1 for seed in before)])
+    cells = plan(study, options.scale, seeds, output, work, options.config)
     for name in options.only or []:
         if name not in study["cells"]:
             raise ValueError(f"--only {name}: the study has no such cell{nearest(name, [*study['cells']])}")
+        if study["cells"][name].get("fit_only"):
+            raise ValueError(f"--only {name}: this cell is trained for others alone, and with them; name one of those")
     chosen = [cell for cell in cells if cell.seed < options.seeds and (not options.only or cell.name in options.only)]
     pending = [cell for cell in chosen if not cell.fit_only and finished(cell) is None]
     output.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,8 @@ def make_slots(jobs: int | None, threads: int | None, tell: Any) -> list[Slot]:
     if torch.cuda.is_available():
         return [Slot(os.environ | {"CUDA_VISIBLE_DEVICES": device}, tell) for device in devices[:jobs]]
     per_cell = threads or 1
-    count = jobs or max(1, len(os.sched_getaffinity(0)) // per_cell)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    count = jobs or max(1, cores // per_cell)
     return [Slot(os.environ | {"OMP_NUM_THREADS": str(per_cell)}, tell) for _ in range(count)]
 
 

@@ -28,6 +28,7 @@ COLUMNS = {
 }
 JUDGED = ("perplexity", "mauve")
 APART = 2.0  # deviations of a difference from which it counts
+COLLAPSED = 0.7  # of real texts' entropy; the paper's collapsed row, sigma_dec 4, has 0.51, its next lowest 0.73
 
 
 class Value(NamedTuple):
@@ -78,27 +79,57 @@ def noise(cells: dict[str, list[dict[str, Any]]], name: str) -> tuple[float, boo
     return math.sqrt(statistics.fmean((value.deviation / value.mean) ** 2 for value in chosen)), bool(several)
 
 
+def collapsed(entropy: float | None, real: float | None) -> bool:
+    """Whether texts have so little variety that their perplexity says nothing: one word repeated is likely."""
+    return entropy is not None and real is not None and entropy < COLLAPSED * real
+
+
 def verdicts(study: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
-    """One line for each pair of rows of a block whose order the paper settles, as Markdown list items."""
+    """One row of a Markdown table for each pair of rows of a block whose order the paper settles.
+
+    A perplexity of collapsed texts is not compared: such a row counts as worse than one that has not collapsed, in the
+    paper's numbers as in ours.
+    """
     cells, lines = by_cell(results), []
+    real = reference(results).get("entropy", {}).get("mean")
+    real_paper = study.get("real", {}).get("entropy", [None])[0]
     for title, rows in study["tables"].items():
         for name in JUDGED:
             relative, _ = noise(cells, name)
+            heading, decimals, _, more = COLUMNS[name]
             for (one, first), (two, second) in combinations(rows.items(), 2):
-                if name not in first or name not in second:
+                found = [measure(cells.get(row["cell"], []), name) for row in (first, second)]
+                x, y = found
+                if name not in first or name not in second or x is None or y is None:
                     continue
                 (a, da), (b, db) = first[name], second[name]
-                x, y = measure(cells.get(first["cell"], []), name), measure(cells.get(second["cell"], []), name)
-                if x is None or y is None or abs(a - b) < APART * math.hypot(da, db):
+                printed = [row.get("entropy", [None])[0] for row in (first, second)]
+                lost = [name == "perplexity" and collapsed(entropy, real_paper) for entropy in printed]
+                if lost[0] == lost[1] and abs(a - b) < APART * math.hypot(da, db):
                     continue
-                apart = abs(x.mean - y.mean) > APART * relative * math.hypot(x.mean, y.mean)
-                word = ("came out" if (x.mean < y.mean) == (a < b) else "reversed") if apart else "within the noise"
-                decimals, sign = COLUMNS[name][1], "<" if a < b else ">"
-                lines.append(
-                    f"| {title} | {COLUMNS[name][0][:-2]} | {one} {sign} {two} | {a:g} {sign} {b:g} | "
-                    f"{x.mean:.{decimals}f}, {y.mean:.{decimals}f} | **{word}** |"
-                )
+                paper = lost[1] if lost[0] != lost[1] else (a > b) == more  # whether the first row is the better one
+                entropies = [measure(cells.get(row["cell"], []), "entropy") for row in (first, second)]
+                lost = [collapsed(entropy.mean if entropy else None, real) for entropy in entropies]
+                if name == "perplexity" and lost[0] != lost[1]:
+                    word = "came out" if lost[1] == paper else "reversed"
+                elif name == "perplexity" and all(lost):
+                    word = "both collapsed"
+                elif abs(x.mean - y.mean) > APART * relative * math.hypot(x.mean, y.mean):
+                    word = "came out" if ((x.mean > y.mean) == more) == paper else "reversed"
+                else:
+                    word = "within the noise"
+                here = [
+                    f"{value.mean:.{decimals}f}{' (collapsed)' if gone else ''}"
+                    for value, gone in zip((x, y), lost, strict=True)
+                ]
+                better = f"{one} better than {two}" if paper else f"{two} better than {one}"
+                lines.append(f"| {title} | {heading[:-2]} | {better} | {a:g}, {b:g} | {', '.join(here)} | **{word}** |")
     return lines
+
+
+def reference(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The scores of real texts, which are the same in all cells; empty if there are none."""
+    return next((found for result in results if (found := result["scores"].get("reference"))), {})
 
 
 def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], failed: dict[str, str]) -> str:
@@ -115,8 +146,7 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
         f"| {' | '.join(['', *headings, 'seeds', *paper])} |",
         f"|---{'|---:' * (len(headings) + 1 + len(paper))}|",
     ]
-    if results and results[0]["scores"].get("reference"):
-        real = results[0]["scores"]["reference"]
+    if real := reference(results):
         found = [real.get(name, {}).get("mean") for name in COLUMNS]
         texts = [
             "" if value is None else f"{100 * value if times else value:.{decimals}f}"
@@ -132,13 +162,14 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
     judged = verdicts(study, results)
     if judged:
         relative, over_seeds = noise(cells, "perplexity")
-        what = "training seeds" if over_seeds else "draws of texts only; what another training seed gives is not in it"
+        what = "training seeds" if over_seeds else "draws of texts only; another training seed would add to it"
         lines += [
             "Whether the paper's order came out, where the paper's own deviations settle it. Two numbers count as "
             f"different when they are {APART:g} deviations apart; the deviation, {100 * relative:.1f} % of a "
-            f"perplexity, is over {what}.",
+            f"perplexity, is over {what}. Texts whose entropy is below {COLLAPSED:g} of real texts' have collapsed, "
+            "and their perplexity counts as worse than any other.",
             "",
-            "| block | metric | the paper's order | paper | here | |",
+            "| block | metric | the paper's order | its numbers | ours | |",
             "|---|---|---|---|---|---|",
             *judged,
             "",
