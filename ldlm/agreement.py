@@ -42,7 +42,7 @@ def check_parts(
             raise ValueError(f"{what} differs, {one} and {other}: give both the same")
     known = token_encoder.vocab_size
     # Some models pad their vocabulary a little; a tokenizer that is much smaller is another model's.
-    if tokenizer is not None and not 0.99 * known <= vocabulary_size(tokenizer) <= known:
+    if tokenizer is not None and not 0.95 * known <= vocabulary_size(tokenizer) <= known:
         raise ValueError(
             f"the tokenizer has {vocabulary_size(tokenizer)} tokens, but the token encoder knows {known}: "
             "use the tokenizer that belongs to the encoder"

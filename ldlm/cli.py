@@ -27,6 +27,7 @@ LIGHTNING = {
     "predict": "write held-out rows beside their reconstructions, as JSON lines",
 }
 CONFIGS = files("ldlm") / "configs"
+IMPORTED: list[str] = []  # what --import named, for commands that start others
 
 
 class Fault(Exception):
@@ -103,6 +104,7 @@ def import_modules(words: list[str]) -> list[str]:
             importlib.import_module(name)
         except (ImportError, ValueError) as error:
             raise Fault(f"--import {name}: {error}; it is looked for in the current folder, too") from error
+        IMPORTED.append(name)
     return rest
 
 
@@ -141,6 +143,21 @@ def preset_names(folder: str = "") -> list[str]:
     """Names of the shipped recipes, or of what is in a folder beside them."""
     files = (CONFIGS / folder).iterdir() if folder else CONFIGS.iterdir()
     return sorted(path.name.removesuffix(".yaml") for path in files if path.name.endswith(".yaml"))
+
+
+def recipe_file(name: str) -> str:
+    """The path of a config file, or of the shipped recipe or overlay of that name.
+
+    Raises:
+        Fault: If there is neither.
+    """
+    if os.path.isfile(name):
+        return name
+    for folder in ("", "overlays"):
+        if name in preset_names(folder):
+            return str(CONFIGS / folder / f"{name}.yaml")
+    known = [*preset_names(), *preset_names("overlays")]
+    raise Fault(f"--config {name}: there is no such file and no such recipe{nearest(name, known)}")
 
 
 def export(words: Sequence[str]) -> None:

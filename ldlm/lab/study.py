@@ -7,6 +7,7 @@ Cells run side by side, one a GPU, or one for so many cores. One that fails is t
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import signal
@@ -20,8 +21,10 @@ import torch
 from rich.console import Console
 
 from ldlm.cli import nearest
+from ldlm.files import resolve
+from ldlm.hub import local_folder
 from ldlm.lab.cells import Slot, claim, finished, run_cell
-from ldlm.lab.plan import Cell, find_study, plan
+from ldlm.lab.plan import SCALES, Cell, find_study, plan
 from ldlm.lab.tables import write_summary
 
 
@@ -46,7 +49,12 @@ def run_study(options: argparse.Namespace) -> None:
         if study["cells"][name].get("fit_only"):
             raise ValueError(f"--only {name}: this cell is trained for others alone, and with them; name one of those")
     chosen = [cell for cell in cells if cell.seed < options.seeds and (not options.only or cell.name in options.only)]
-    pending = [cell for cell in chosen if not cell.fit_only and finished(cell) is None]
+    unfinished = [
+        cell for cell in cells if not cell.fit_only and finished(cell) is None
+    ]  # all: now, not after training
+    pending = [cell for cell in chosen if cell in unfinished]
+    if pending:
+        check_instruments(SCALES[options.scale].scorer)
     output.mkdir(parents=True, exist_ok=True)
     locks = {cell.title: _claim(cell) for cell in pending}
     slots = make_slots(options.jobs, options.threads, lambda line: console.print(line, markup=False, soft_wrap=True))
@@ -55,17 +63,29 @@ def run_study(options: argparse.Namespace) -> None:
         markup=False,
         soft_wrap=True,
     )
-    failed = run_all(pending, slots, locks)
+    failed, interrupted = run_all(pending, slots, locks)
     for lock in locks.values():
         os.close(lock)
 
-    results = [result for cell in cells if cell.result.is_file() and (result := finished(cell)) is not None]
+    results = [result for cell in cells if (result := finished(cell)) is not None]
     write_summary(study, label, results, failed, output)
     for title, reason in failed.items():
         console.print(f"{title} failed: {reason}", markup=False, soft_wrap=True)
     console.print(f"{len(results)} finished cells are in {output}/table.md", markup=False, soft_wrap=True)
-    if failed:
-        raise SystemExit(1)
+    if failed or interrupted:
+        raise SystemExit(130 if interrupted else 1)
+
+
+def check_instruments(scorer: str) -> None:
+    """Fetch the scorer and look for MAUVE before hours of training, not after them; ValueError if one is missing."""
+    if importlib.util.find_spec("mauve") is None:
+        raise ValueError('a study computes MAUVE, which needs mauve-text: pip install "ldlm[eval]"')
+    if scorer.endswith(".gguf"):
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f'the scorer {scorer} needs gguf and accelerate: pip install "ldlm[eval]"')
+        resolve(scorer)
+    else:
+        local_folder(scorer, None, "*.json", "*.txt", "*.model", "*.safetensors")
 
 
 def _claim(cell: Cell) -> int:
@@ -86,18 +106,19 @@ def make_slots(jobs: int | None, threads: int | None, tell: Any) -> list[Slot]:
         threads: Threads a cell on a CPU; None for one, with which small models make the most of a core.
         tell: Prints a line.
     """
+    failed: set[str] = set()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     if torch.cuda.is_available():
-        return [Slot(os.environ | {"CUDA_VISIBLE_DEVICES": device}, tell) for device in devices[:jobs]]
+        return [Slot(os.environ | {"CUDA_VISIBLE_DEVICES": device}, tell, failed) for device in devices[:jobs]]
     per_cell = threads or 1
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     count = jobs or max(1, cores // per_cell)
-    return [Slot(os.environ | {"OMP_NUM_THREADS": str(per_cell)}, tell) for _ in range(count)]
+    return [Slot(os.environ | {"OMP_NUM_THREADS": str(per_cell)}, tell, failed) for _ in range(count)]
 
 
-def run_all(cells: list[Cell], slots: list[Slot], locks: dict[str, int]) -> dict[str, str]:
-    """Run cells, whose locks are given by title, on slots; why those that failed did, by title."""
+def run_all(cells: list[Cell], slots: list[Slot], locks: dict[str, int]) -> tuple[dict[str, str], bool]:
+    """Run cells on slots, their locks given by title; why those that failed did, and whether we were interrupted."""
     free: Queue[Slot] = Queue()
     for slot in slots:
         free.put(slot)
@@ -126,7 +147,7 @@ def run_all(cells: list[Cell], slots: list[Slot], locks: dict[str, int]) -> dict
         for slot in slots:
             slot.stop()
         executor.shutdown()
-        raise SystemExit(130) from None  # finished cells are kept, and the same command goes on
+        return failed, True  # finished cells are kept, and the same command goes on
     finally:
         signal.signal(signal.SIGTERM, usual)
-    return failed
+    return failed, False

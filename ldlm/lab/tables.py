@@ -69,9 +69,15 @@ def by_cell(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def noise(cells: dict[str, list[dict[str, Any]]], name: str) -> tuple[float, bool]:
     """The relative deviation of one cell's number, pooled over cells, and whether it is over training seeds.
 
-    It is relative because perplexities of 100 and 1,000 do not vary by the same amount.
+    It is relative because perplexities of 100 and 1,000 do not vary by the same amount. Collapsed cells are left out:
+    all their draws are alike.
     """
-    values = [value for found in cells.values() if (value := measure(found, name)) is not None and value.mean > 0]
+    real = reference([result for found in cells.values() for result in found]).get("entropy", {}).get("mean")
+    values = []
+    for found in cells.values():
+        value, entropy = measure(found, name), measure(found, "entropy")
+        if value is not None and value.mean > 0 and not collapsed(entropy.mean if entropy else None, real):
+            values.append(value)
     several = [value for value in values if value.seeds > 1]
     chosen = several or values
     if not chosen:
@@ -135,13 +141,14 @@ def reference(results: list[dict[str, Any]]) -> dict[str, Any]:
 def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], failed: dict[str, str]) -> str:
     """The study's table, its verdicts, and the command of each cell."""
     cells = by_cell(results)
-    seeds = max((len(found) for found in cells.values()), default=0)
-    spread = "training seeds" if seeds > 1 else "draws of texts with one training seed"
     headings = [heading for heading, *_ in COLUMNS.values()]
-    paper = [f"paper's {COLUMNS[name][0]}" for name in ("perplexity", "mauve", "entropy")]
+    printed = [row for rows in study["tables"].values() for row in rows.values()]
+    names = [name for name in COLUMNS if any(name in row for row in printed)]
+    paper = [f"paper's {COLUMNS[name][0]}" for name in names]
     lines = [
-        f"`{label}`: mean ± standard deviation over {spread}. The paper's columns: {study.get('published', '')}. They "
-        "are of other data, sizes and scorers, and stand here for their order only.",
+        f"`{label}`: mean ± standard deviation over training seeds, or over draws of texts where there is one seed. "
+        f"The paper's columns: {study.get('published', '')}. They are of other data, sizes and scorers, and stand here "
+        "for their order only.",
         "",
         f"| {' | '.join(['', *headings, 'seeds', *paper])} |",
         f"|---{'|---:' * (len(headings) + 1 + len(paper))}|",
@@ -157,31 +164,35 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
         lines.append(f"| **{title}** {'|' * (len(headings) + 2 + len(paper))}")
         for row, about in rows.items():
             found = cells.get(about["cell"], [])
-            lines.append(f"| {row} | {' | '.join([*ours(found), *theirs(about)])} |")
+            lines.append(f"| {row} | {' | '.join([*ours(found), *theirs(about, names)])} |")
     lines += ["", *(f"* {title} failed: {reason}" for title, reason in failed.items())]
     judged = verdicts(study, results)
     if judged:
-        relative, over_seeds = noise(cells, "perplexity")
+        (relative, over_seeds), (relative_mauve, _) = noise(cells, "perplexity"), noise(cells, "mauve")
         what = "training seeds" if over_seeds else "draws of texts only; another training seed would add to it"
         lines += [
             "Whether the paper's order came out, where the paper's own deviations settle it. Two numbers count as "
             f"different when they are {APART:g} deviations apart; the deviation, {100 * relative:.1f} % of a "
-            f"perplexity, is over {what}. Texts whose entropy is below {COLLAPSED:g} of real texts' have collapsed, "
-            "and their perplexity counts as worse than any other.",
+            f"perplexity and {100 * relative_mauve:.0f} % of a MAUVE, is over {what}. Texts whose entropy is below "
+            f"{COLLAPSED:g} of real texts' have collapsed, and their perplexity counts as worse than any other.",
             "",
             "| block | metric | the paper's order | its numbers | ours | |",
             "|---|---|---|---|---|---|",
             *judged,
             "",
         ]
-    lines += ["Each cell, its command, seed, time and versions:", ""]
+    lines += [
+        "Each cell, its seed, time, versions and commands. WORK stands for the folder of the cell's files, FROM for "
+        "that of the cell it starts from.",
+        "",
+    ]
     for result in sorted(results, key=lambda result: (result["seed"], result["cell"])):
         total, training = sum(result["seconds"].values()) / 60, result["seconds"]["fit"] / 60
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         lines.append(
             f"* {result['cell']}, seed {result['seed']}: {total:.1f} min ({training:.1f} of training) on "
             f"{result['device']}, threads: {result['threads'] or 'all'}; {versions}; "
-            f"`{result['settings']['commands'][0]}`"
+            + "; ".join(f"`{command}`" for command in result["settings"]["commands"])
         )
     return "\n".join(lines) + "\n"
 
@@ -193,12 +204,12 @@ def ours(found: list[dict[str, Any]]) -> list[str]:
         value = measure(found, name)
         deviation = f" ± {value.deviation:.{decimals}f}" if value is not None and value.deviation else ""
         texts.append("" if value is None else f"{value.mean:.{decimals}f}{deviation}")
-    return [*texts, str(len(found)) if found else "not run"]
+    draws = len(found[0]["scores"]["perplexity"]["per_seed"]) if found else 0
+    return [*texts, "not run" if not found else str(len(found)) if len(found) > 1 else f"1 ({draws} draws)"]
 
 
-def theirs(about: dict[str, Any]) -> list[str]:
+def theirs(about: dict[str, Any], names: list[str]) -> list[str]:
     """What the paper printed for a row."""
-    names = ("perplexity", "mauve", "entropy")
     return [f"{about[name][0]:g} ± {about[name][1]:g}" if name in about else "" for name in names]
 
 
