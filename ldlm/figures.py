@@ -7,6 +7,7 @@ Paper: Fig. 5 (loss against t and against the adapted time), Fig. 6 (gamma again
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 SIZE = (4.2, 3.2)  # inches a panel
 
@@ -62,6 +63,7 @@ def side_by_side(
     paper: Sequence[tuple[float, float] | None],
     quantity: str,
     titles: tuple[str, str],
+    hollow: tuple[Sequence[bool], Sequence[bool]] = ((), ()),
 ) -> Figure:
     """Two panels of points with error bars, a row a label, the second of published numbers: they share no axis.
 
@@ -71,15 +73,19 @@ def side_by_side(
         paper: Likewise.
         quantity: What both axes show, on a logarithmic scale.
         titles: Of the panels.
+        hollow: For each panel, which points are drawn hollow; none if empty.
     """
     figure = Figure(figsize=(2.2 * SIZE[0], 0.8 + 0.26 * len(labels)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, values, title, color in zip(panels, (here, paper), titles, ("tab:blue", "tab:grey"), strict=True):
+    colors = ("tab:blue", "tab:grey")
+    for axes, values, title, color, open_ones in zip(panels, (here, paper), titles, colors, hollow, strict=True):
         for y, value in enumerate(values):
             if value is not None:
-                axes.errorbar(value[0], y, xerr=value[1], fmt="o", markersize=5, capsize=2, color=color)
+                inside = "none" if open_ones and open_ones[y] else color
+                axes.errorbar(value[0], y, xerr=value[1], fmt="o", markersize=5, capsize=2, color=color, mfc=inside)
         axes.set(xlabel=quantity, title=title, xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=8, rotation=45)
         axes.grid(alpha=0.3, which="both")

@@ -215,30 +215,31 @@ def theirs(about: dict[str, Any], names: list[str]) -> list[str]:
 
 def figures(study: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Figure]:
     """The study's figures by file name: perplexities beside the paper's, and loss curves if it asks for them."""
-    cells = by_cell(results)
+    cells, real = by_cell(results), reference(results).get("entropy", {}).get("mean")
+    real_paper = study.get("real", {}).get("entropy", [None])[0]
     labels: list[str] = []
     here: list[tuple[float, float] | None] = []
     paper: list[tuple[float, float] | None] = []
+    lost: tuple[list[bool], list[bool]] = ([], [])
     for title, rows in study["tables"].items():
-        labels.append(f"{title}:")
-        here.append(None)
-        paper.append(None)
-        for row, about in rows.items():
-            value = measure(cells.get(about["cell"], []), "perplexity")
+        for row, about in [(f"{title}:", {}), *rows.items()]:
+            found = cells.get(about.get("cell", ""), [])
+            value, entropy = measure(found, "perplexity"), measure(found, "entropy")
             labels.append(row)
             here.append((value.mean, value.deviation) if value else None)
             paper.append(tuple(about["perplexity"]) if "perplexity" in about else None)
-    found = {
-        "figure": side_by_side(labels, here, paper, "generative perplexity", ("here", "paper (other data and sizes)"))
-    }
+            lost[0].append(collapsed(entropy.mean if entropy else None, real))
+            lost[1].append(collapsed(about.get("entropy", [None])[0], real_paper))
+    titles = ("here (hollow: collapsed)", "paper (other data and sizes)")
+    found_figures = {"figure": side_by_side(labels, here, paper, "generative perplexity", titles, lost)}
     curves = {row: cells[cell][0]["curves"] for row, cell in study.get("curves", {}).items() if cell in cells}
     if curves:
         panels = {
             "diffusion": "diffusion loss (MSE per element)",
             "reconstruction": "hidden-state loss (MSE per element)",
         }
-        found["curves"] = loss_curves(curves, panels | {"latent_std": "standard deviation of z0"})
-    return found
+        found_figures["curves"] = loss_curves(curves, panels | {"latent_std": "standard deviation of z0"})
+    return found_figures
 
 
 def write_summary(
