@@ -93,6 +93,7 @@ def overview() -> str:
 
 def import_modules(words: list[str]) -> list[str]:
     """Import what ``--import`` names, and return the other words."""
+    IMPORTED.clear()
     rest: list[str] = []
     queue = iter(words)
     for word in queue:

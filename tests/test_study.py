@@ -545,6 +545,24 @@ def test_an_interrupted_study_leaves_no_process_no_result_and_no_lock(hub):
     assert sorted(path.name for path in OUT.glob("*.json")) == [f"{name}-seed0.json" for name in "acd"]
 
 
+def test_modules_imported_for_a_study_are_imported_by_its_commands(hub, monkeypatch):
+    seen = []
+
+    class Listens(Slot):
+        def run(self, words, log, locks):
+            seen.append(words)
+            return 1
+
+    monkeypatch.setattr(study_room, "make_slots", lambda *_: [Listens({}, print, set())])
+    Path("my_part.py").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main(["--import", "my_part", *STUDY, "--only", "a"])
+    assert seen[0][3:6] == ["--import", "my_part", "fit"]
+    with pytest.raises(SystemExit):
+        cli.main([*STUDY, "--only", "a"])
+    assert seen[1][3] == "fit"
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
