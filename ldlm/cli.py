@@ -174,9 +174,8 @@ def export(words: Sequence[str]) -> None:
 
 
 def sampling_options(parser: Parser, num_samples: int, batch_size: int) -> None:
-    """The options by which texts are sampled from a model, and checks of them."""
+    """The options by which texts are sampled from a model, but for ``--nfe``."""
     parser.add_argument("-n", "--num_samples", type=int, default=num_samples, help="texts (default: %(default)s)")
-    parser.add_argument("--nfe", type=int, default=64, help="calls of the denoiser per text (default: 64)")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="sampled together (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the choice of tokens; 0 is the argmax")
     parser.add_argument("--sampler", help="class in ldlm.samplers (default: the model's)")
@@ -187,7 +186,8 @@ def sampling_options(parser: Parser, num_samples: int, batch_size: int) -> None:
 
 def check_sampling(options: argparse.Namespace) -> None:
     """Fault if an option of `sampling_options` is out of its range."""
-    for name, count in [("-n", options.num_samples), ("--nfe", options.nfe), ("--batch_size", options.batch_size)]:
+    calls = min(options.nfe) if isinstance(options.nfe, list) else options.nfe
+    for name, count in [("-n", options.num_samples), ("--nfe", calls), ("--batch_size", options.batch_size)]:
         if count < 1:
             raise Fault(f"{name} {count} must be at least 1")
     if options.temperature < 0:
@@ -199,42 +199,71 @@ def generate(words: Sequence[str]) -> None:
     parser = Parser("ldlm generate", description="Write texts from noise.")
     parser.add_argument("checkpoint", help="a .ckpt file, an exported folder, or a hub id")
     sampling_options(parser, num_samples=8, batch_size=16)
+    parser.add_argument("--nfe", type=int, default=64, help="calls of the denoiser per text (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="same seed and batch size, same texts (default: 0)")
     parser.add_argument("--output", help="file of JSON lines to write instead of printing")
+    parser.add_argument("--trace", help="page (.html) to write as well, on which the first text takes shape")
+    parser.add_argument("--trace_steps", type=int, default=16, help="predictions it shows (default: %(default)s)")
     options = parser.parse_args(words)
     check_sampling(options)
+    if options.trace_steps < 1:
+        raise Fault(f"--trace_steps {options.trace_steps} must be at least 1")
 
-    from ldlm.texts import write_texts
+    if options.trace:
+        from ldlm.lab.trace import write_traced_texts
 
-    write_texts(options)
+        write_traced_texts(options)
+    else:
+        from ldlm.texts import write_texts
+
+        write_texts(options)
 
 
 def evaluate(words: Sequence[str]) -> None:
-    """Score a model or a file of samples: ldlm evaluate CKPT --seeds 0 1 2."""
+    """Score models or files of samples: ldlm evaluate CKPT --nfe 8,64."""
     parser = Parser("ldlm evaluate", description="Perplexity, entropy, n-gram diversity and MAUVE of generated texts.")
-    parser.add_argument("source", help="a .ckpt file, exported folder or hub id; or samples, as .jsonl or .txt")
+    parser.add_argument("source", nargs="+", help="a .ckpt file, exported folder or hub id; samples, as .jsonl or .txt")
     parser.add_argument("--reference", help="file of real texts to score as well and to compare with by MAUVE")
+    parser.add_argument("--training", help="training text, file or hub data set: how much of it comes back, in 4-grams")
     parser.add_argument("--scorer", default="gpt2-large", help="hub id, folder or .gguf file (default: gpt2-large)")
-    parser.add_argument(
-        "--protocol", default="mdlm", help="plain, mdlm, hf_mean, tencdm, flow_matching (default: mdlm)"
-    )
-    parser.add_argument(
-        "--max_length",
-        type=int,
-        help="scorer's tokens read of a text (default: its context; for a model under mdlm, the model's length)",
-    )
-    parser.add_argument(
-        "--tokenizer", help="whose ids entropy is over, where a file gives none (default: the scorer's)"
-    )
+    parser.add_argument("--protocol", default="mdlm", help="mdlm (default), plain, hf_mean, tencdm or flow_matching")
+    parser.add_argument("--max_length", type=int, help="scorer's tokens read of a text (default: its context)")
+    parser.add_argument("--tokenizer", help="whose ids entropy is over, where a file gives none (the scorer's)")
     parser.add_argument("--output", help="file of JSON to write, with all that is needed to repeat this")
+    parser.add_argument("--report", help="page (.html) to write, that stands alone: tables, figures, texts")
+    parser.add_argument("--figures", metavar="FOLDER", help="folder for figures, each as .png and .pdf")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure models' latents of the reference as well: interpolation, loss over time, noise, spectrum",
+    )
+    parser.add_argument(
+        "--published",
+        choices=["owt", "lm1b", "none"],
+        default="none",
+        help="the paper's table of other models to add to figure and JSON, marked as such (default: none)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of texts each (default: 0)")
+    parser.add_argument(
+        "--nfe", type=numbers, default=[64], metavar="N[,N...]", help="calls of the denoiser per text (default: 64)"
+    )
     sampling_options(parser, num_samples=256, batch_size=64)
     options = parser.parse_args(words)
     check_sampling(options)
+    options.words = words
 
-    from ldlm.lab.evaluation import write_scores
+    from ldlm.lab.sweep import write_scores
 
     write_scores(options)
+
+
+def numbers(word: str) -> list[int]:
+    """Whole numbers between commas, each once.
+
+    >>> numbers("8,16,16")
+    [8, 16]
+    """
+    return list(dict.fromkeys(int(part) for part in word.split(",")))
 
 
 def study(words: Sequence[str]) -> None:
@@ -244,14 +273,10 @@ def study(words: Sequence[str]) -> None:
     parser.add_argument("--scale", choices=["laptop", "paper"], required=True, help="size of the runs")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds a cell (default: 1)")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="run these cells alone")
-    parser.add_argument(
-        "--config", action="append", default=[], help="a recipe on top of every cell's, such as an encoder"
-    )
+    parser.add_argument("--config", action="append", default=[], help="a recipe on top of every cell's")
     parser.add_argument("--output", default="ldlm_results", help="folder of tables and finished cells (%(default)s)")
     parser.add_argument("--work", default="ldlm_runs/studies", help="folder of checkpoints and logs (%(default)s)")
-    parser.add_argument(
-        "--jobs", type=int, help="cells side by side (default: one a GPU, or one for every so many cores)"
-    )
+    parser.add_argument("--jobs", type=int, help="cells side by side (default: one a GPU, or as many as cores allow)")
     parser.add_argument("--threads", type=int, help="threads a cell without a GPU (default: 1)")
     options = parser.parse_args(words)
     for name, count in [("--seeds", options.seeds), ("--jobs", options.jobs), ("--threads", options.threads)]:

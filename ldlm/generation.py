@@ -4,7 +4,7 @@ In: how many texts, with how many calls of the denoiser. Out: token ids [b n], o
 Paper: section 4.3 (sampling; no noise is added before decoding), App. C: neither token encoder nor latent encoder runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ldlm.noise import generator
 from ldlm.objective import JointObjective
-from ldlm.samplers import Sampler, TimeGrid
+from ldlm.samplers import OnStep, Sampler, TimeGrid
 
 
 class Generation(JointObjective):
@@ -32,7 +32,7 @@ class Generation(JointObjective):
         seed: int = 0,
         batch_size: int = 16,
         temperature: float = 0.0,
-        on_step: Callable[[int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Iterator[Tensor]:
         """Generated token ids, batch by batch: [batch_size n], the last one cut to what is missing.
 
@@ -44,7 +44,7 @@ class Generation(JointObjective):
             seed: The same seed and batch size give the same texts, and the first k do not depend on ``num_samples``.
             batch_size: Rows sampled together. Every batch is computed at this size.
             temperature: Of the last choice of tokens; 0 is the argmax.
-            on_step: Called with 1 ... nfe within each batch.
+            on_step: Called with 1 ... nfe and the prediction [batch_size m d] within each batch; may not change it.
 
         Raises:
             ValueError: If a count is below 1.

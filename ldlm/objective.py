@@ -98,10 +98,7 @@ class JointObjective(L.LightningModule):
             # Eq. 28, in a form that leaves the value exact in every dtype: the noised input and the target see z0, and
             # only the gradient that reaches the latent encoder is multiplied by gamma.
             target = z0 if self._gamma() is None else z0.detach() + self._gamma() * (z0 - z0.detach())
-            alpha, sigma = self.schedule.alpha(u)[:, None, None], self.schedule.sigma(u)[:, None, None]
-            z_t = alpha * target + sigma * normal_like(z0, generator)
-            z0_hat = self.denoiser(z_t, u, self._self_condition(z_t, u, generator))
-            rows = (target - z0_hat).square().mean(dim=(1, 2))  # Eq. 25, per row
+            rows = self.diffusion_rows(target, u, generator)
             diffusion = rows.mean()
 
         if self.reconstruction_weight > 0 or self.token_weight > 0:
@@ -116,6 +113,20 @@ class JointObjective(L.LightningModule):
             self.diffusion_weight * diffusion + self.reconstruction_weight * reconstruction + self.token_weight * token
         )
         return Losses(total, diffusion, reconstruction, token, rows.detach(), z0.detach())
+
+    def diffusion_rows(self, z0: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
+        """The diffusion loss of each row [b], Eq. 1 and 25, with self-conditioning as in training.
+
+        Args:
+            z0: Latents [b m d].
+            u: Schedule times [b].
+            generator: Draws the noise.
+        """
+        alpha, sigma = self.schedule.alpha(u)[:, None, None], self.schedule.sigma(u)[:, None, None]
+        z_t = alpha * z0 + sigma * normal_like(z0, generator)
+        z0_hat = self.denoiser(z_t, u, self._self_condition(z_t, u, generator))
+        rows: Tensor = (z0 - z0_hat).square().mean(dim=(1, 2))
+        return rows
 
     def switched_on(self, losses: Losses) -> dict[str, Tensor]:
         """The losses that count in this model, by name, detached."""

@@ -22,6 +22,7 @@ from ldlm.schedules import NoiseSchedule
 from ldlm.timesteps import TimestepSampler, UniformTimesteps, interpolate
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # z_t [b m d], t [b] float32, self_condition [b m d] -> z0_hat
+OnStep = Callable[[int, Tensor], None]  # calls of the denoiser so far, z0_hat [b m d]
 
 
 class TimeGrid(abc.ABC):
@@ -165,7 +166,7 @@ class Sampler(abc.ABC):
         generator: torch.Generator,
         grid: TimeGrid,
         timesteps: TimestepSampler | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Turns noise into predicted clean latents with exactly `nfe` calls of `denoise`.
 
@@ -177,7 +178,7 @@ class Sampler(abc.ABC):
             generator: draws eps, on its own device.
             grid: where the calls happen.
             timesteps: whose adapted time an `AdaptedGrid` follows; None stands for F(u) = u.
-            on_step: told after each call how many there have been.
+            on_step: told after each call how many there have been, and its prediction, which it must leave as it is.
 
         Returns:
             The last prediction, [b m d].
@@ -191,7 +192,7 @@ class Sampler(abc.ABC):
         for k in range(nfe):
             before, z0_hat = z0_hat, denoise(z, times[k].expand(len(z)), z0_hat).to(z)
             if on_step is not None:
-                on_step(k + 1)
+                on_step(k + 1, z0_hat)
             if k + 1 < nfe:
                 a, b, c, e = table[k]
                 z = a * z + b * z0_hat + c * before

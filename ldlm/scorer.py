@@ -20,6 +20,7 @@ from ldlm.files import resolve, sha256
 from ldlm.hub import local_folder, weights_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FEATURE_TOKENS = 1024  # that mauve-text reads of a text
 BATCH_TOKENS = 4096  # with gpt2-large's vocabulary, 0.8 GB of float32 logits
 
 
@@ -46,7 +47,6 @@ class Scorer:
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return rows
 
-    @torch.no_grad()
     def nats(self, rows: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """Negative log-likelihood of tokens 2, 3, ... of each row given those before, float64 on the CPU.
 
@@ -54,27 +54,50 @@ class Scorer:
             rows: Token ids, none of more than ``context``.
             batch_tokens: Tokens read together, padding included; logits take 4 bytes times the vocabulary for each.
         """
-        found = [torch.empty(0, dtype=torch.float64)] * len(rows)
-        for places, ids in self._batches(rows, batch_tokens):
-            with torch.autocast(ids.device.type, enabled=False):  # a trainer's bf16-mixed must not change a score
-                logits = self.model(input_ids=ids, use_cache=False).logits
-            for place, row, guess in zip(places, ids, logits, strict=True):  # each alone: no second copy of all logits
-                last = len(rows[place]) - 1
-                loss = F.cross_entropy(guess[:last].float(), row[1 : last + 1], reduction="none")
-                found[place] = loss.double().cpu()
-        return found
+        return self.read(rows, [1] * len(rows), batch_tokens)[0]
 
     @torch.no_grad()
-    def features(self, texts: Sequence[str], max_length: int = 1024, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+    def read(
+        self, rows: Sequence[Sequence[int]], ends: Sequence[int], batch_tokens: int = BATCH_TOKENS
+    ) -> tuple[list[Tensor], Tensor]:
+        """`nats` of each row and, from the same forward pass, the last layer's hidden state at its ``ends``-th token.
+
+        Args:
+            rows: As in `nats`; one without tokens has a hidden state of zeros.
+            ends: From 1 to a row's length.
+            batch_tokens: As in `nats`.
+
+        Returns:
+            The nats, and float32 [num h] on the CPU.
+        """
+        found = [torch.empty(0, dtype=torch.float64)] * len(rows)
+        states = torch.zeros(len(rows), self.model.config.hidden_size)
+        hidden: list[Tensor] = []  # of the batch that is read; asking transformers for it would keep every layer's
+        hook = self.model.base_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
+        with hook:
+            for places, ids in self._batches(rows, batch_tokens):
+                with torch.autocast(ids.device.type, enabled=False):  # a trainer's bf16-mixed must not change a score
+                    logits = self.model(input_ids=ids, use_cache=False).logits
+                for place, row, guess, state in zip(places, ids, logits, hidden.pop(), strict=True):
+                    last = len(rows[place]) - 1
+                    # Each row alone: no second copy of all logits.
+                    loss = F.cross_entropy(guess[:last].float(), row[1 : last + 1], reduction="none")
+                    found[place] = loss.double().cpu()
+                    states[place] = state[ends[place] - 1].float()
+        return found, states
+
+    @torch.no_grad()
+    def features(
+        self, texts: Sequence[str], max_length: int = FEATURE_TOKENS, batch_tokens: int = BATCH_TOKENS
+    ) -> Tensor:
         """What MAUVE compares: the last layer's hidden state at each text's last token, float32 [num h] on the CPU.
 
         Args:
             texts: The texts. An empty one is read as a single end-of-text token.
-            max_length: Tokens read of a text; mauve-text's default.
+            max_length: Tokens read of a text.
             batch_tokens: Tokens read together, padding included.
         """
-        limit, end = min(max_length, self.context), [self.tokenizer.eos_token_id or 0]
-        rows = [row[:limit] or end for row in self.encode(texts)]
+        rows = [row[: min(max_length, self.context)] or self.nothing for row in self.encode(texts)]
         found = torch.empty(len(rows), self.model.config.hidden_size)
         for places, ids in self._batches(rows, batch_tokens):
             with torch.autocast(ids.device.type, enabled=False):
@@ -82,6 +105,11 @@ class Scorer:
             for place, states in zip(places, hidden, strict=True):
                 found[place] = states[len(rows[place]) - 1].float()
         return found
+
+    @property
+    def nothing(self) -> list[int]:
+        """What is read where a text has no token but a hidden state is wanted: a single end-of-text token."""
+        return [self.tokenizer.eos_token_id or 0]
 
     def _batches(self, rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
         """Rows of like length together, longest first: their places in ``rows``, their ids padded on the right [b n].

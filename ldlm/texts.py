@@ -9,7 +9,7 @@ import argparse
 import difflib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ldlm.samplers import (
     EulerMaruyama,
     LogSNRGrid,
     MixedGrid,
+    OnStep,
     Sampler,
     TimeGrid,
     UniformGrid,
@@ -69,7 +70,12 @@ def find_device(name: str | None) -> torch.device:
 
 
 def sample(
-    model: LDLM, options: argparse.Namespace, seed: int, sampler: Sampler | None, grid: TimeGrid | None
+    model: LDLM,
+    options: argparse.Namespace,
+    seed: int,
+    sampler: Sampler | None,
+    grid: TimeGrid | None,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Token ids of generated texts, batch by batch [b n], with a bar on standard error.
 
@@ -79,6 +85,7 @@ def sample(
         seed: Of the noise.
         sampler: None for the model's.
         grid: None for the model's.
+        on_step: As in `Generation.sample_batches`.
     """
     count, size, nfe = options.num_samples, options.batch_size, options.nfe
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -87,9 +94,13 @@ def sample(
         torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bf16"),
     ):
         task = bar.add_task("denoiser calls", total=-(-count // size) * nfe)
-        yield from model.sample_batches(
-            count, nfe, sampler, grid, seed, size, options.temperature, lambda _: bar.advance(task)
-        )
+
+        def advance(step: int, z0_hat: Tensor) -> None:
+            bar.advance(task)
+            if on_step is not None:
+                on_step(step, z0_hat)
+
+        yield from model.sample_batches(count, nfe, sampler, grid, seed, size, options.temperature, advance)
 
 
 def without_specials(model: LDLM, tokens: Tensor) -> list[list[int]]:
@@ -98,22 +109,32 @@ def without_specials(model: LDLM, tokens: Tensor) -> list[list[int]]:
     return [[token for token in row if token not in specials] for row in tokens.tolist()]
 
 
+def prepare(options: argparse.Namespace) -> tuple[LDLM, Sampler | None, TimeGrid | None]:
+    """The model on its device, the sampler and the grid that options name; what can be checked before loading is."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    device = find_device(options.device)
+    check_output(options.output)
+    sampler, grid = named(options.sampler, SAMPLERS), named(options.grid, GRIDS)
+    return load(options.checkpoint).to(device), sampler, grid
+
+
 def write_texts(options: argparse.Namespace) -> None:
     """Generate texts and write each batch as soon as it is there.
 
     Args:
         options: The command's, by the names that ``ldlm generate --help`` shows.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    device = find_device(options.device)
-    check_output(options.output)
-    sampler, grid = named(options.sampler, SAMPLERS), named(options.grid, GRIDS)
-    model = load(options.checkpoint).to(device)
+    model, sampler, grid = prepare(options)
+    write_batches(model, sample(model, options, options.seed, sampler, grid), options)
+
+
+def write_batches(model: LDLM, batches: Iterable[Tensor], options: argparse.Namespace) -> None:
+    """Print the texts of batches of token ids [b n], or write them where ``--output`` says."""
     with ExitStack() as stack:
         # The file appears under its name when it is complete.
         file = stack.enter_context(write_atomically(options.output)) if options.output else None
         number = 0
-        for tokens in sample(model, options, options.seed, sampler, grid):
+        for tokens in batches:
             for text, ids in zip(model.to_text(tokens), without_specials(model, tokens), strict=True):
                 if file is None:
                     print(f"[{number}] {text}\n", flush=True)
@@ -125,7 +146,7 @@ def write_texts(options: argparse.Namespace) -> None:
         print(f"{options.num_samples} texts are in {options.output}")
 
 
-def check_output(output: str | None) -> None:
+def check_output(output: str | None, option: str = "--output") -> None:
     """ValueError if the file to be written is a folder."""
     if output and Path(output).is_dir():
-        raise ValueError(f"--output {output} is a folder; give the name of a file in it")
+        raise ValueError(f"{option} {output} is a folder; give the name of a file in it")

@@ -48,9 +48,12 @@ def test_the_first_texts_do_not_depend_on_how_many_are_asked_for(sampler):
 def test_the_denoiser_is_called_exactly_nfe_times_a_batch(sampler, nfe):
     model, steps = make_model(), []
     calls = Calls(model)
-    batches = list(model.sample_batches(7, nfe, sampler, UniformGrid(), batch_size=3, on_step=steps.append))
+    batches = list(
+        model.sample_batches(7, nfe, sampler, UniformGrid(), batch_size=3, on_step=lambda *step: steps.append(step))
+    )
     assert calls.rows == [3] * (3 * nfe)
-    assert steps == [*range(1, nfe + 1)] * 3
+    assert [number for number, _ in steps] == [*range(1, nfe + 1)] * 3
+    assert all(torch.equal(seen, answer) for (_, seen), answer in zip(steps, calls.answers, strict=True))
     assert [len(batch) for batch in batches] == [3, 3, 1]
 
 

@@ -14,11 +14,14 @@ WING = Path(__file__).parent.parent / "ldlm"
 ORDER = [
     "files", "hub", "noise", "corpus", "rows", "packing", "data",
     "layers", "encoders", "latents", "schedules", "timesteps", "denoiser", "samplers", "decoders", "scorer", "metrics",
-    "agreement", "checkpoints", "objective", "generation", "storage", "module", "callbacks", "likelihood",
-    "stages", "figures", "watch", "testing", "texts", "cli", "training", "__main__",
+    "memorisation", "agreement", "checkpoints", "objective", "generation", "storage", "module", "callbacks",
+    "likelihood", "stages", "figures", "watch", "scoring", "testing", "texts", "cli", "training", "__main__",
 ]  # fmt: skip
 # The second wing measures what the first makes; of the first, only the command knows it.
-LAB_ORDER = ["evaluation", "tables", "plan", "cells", "study"]
+LAB_ORDER = [
+    "pages", "trace", "report", "evaluation", "figures", "measurements", "scoreboard", "sweep",
+    "tables", "plan", "cells", "study",
+]  # fmt: skip
 # Commands are dispatched before anything heavy is imported, so this file imports inside functions, and what it likes.
 LAZY = "cli"
 HEAVY = ("torch", "lightning", "transformers", "datasets", "numpy", "matplotlib", "jsonargparse")
@@ -87,7 +90,7 @@ def test_a_file_has_at_most_300_lines_a_docstring_and_no_probing(path):
 
 def test_the_first_wing_is_read_in_an_evening():
     # The aim was 4,500; docs/decisions.md says where the rest went. A third of the lines are docstrings and blanks.
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 6150
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 6450
 
 
 def test_the_lab_stays_smaller_than_what_it_measures():

@@ -15,6 +15,7 @@ from tiny import HIDDEN, VOCAB, WORDS, generator, make_scorer_folder
 from torch import nn
 from torchmetrics.text import Perplexity
 
+from ldlm.memorisation import Memorisation, known_ngrams
 from ldlm.metrics import GenerativePerplexity, Mauve, NGramDiversity, UnigramEntropy
 from ldlm.scorer import PROTOCOLS, load_scorer
 
@@ -212,6 +213,28 @@ def test_features_are_the_last_hidden_states_of_each_text_read_alone(scorer):
         torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("protocol", ["plain", "mdlm", "flow_matching"])
+def test_one_pass_of_the_scorer_gives_perplexity_and_the_features_of_every_text(scorer, protocol):
+    texts = [*some_texts(9), "word1", "", "word1 </s> word2", " ".join(WORDS[:35])]
+    passes = []
+    with scorer.model.register_forward_hook(lambda model, given, out: passes.append(out.logits.shape[0])):
+        metric = GenerativePerplexity(scorer, protocol, keep_features=True, batch_tokens=40)
+        metric.update(texts[:6])
+        metric.update(texts[6:])
+    assert sum(passes) == len(texts)
+    torch.testing.assert_close(metric.features, scorer.features(texts), rtol=1e-4, atol=1e-5)
+    without = GenerativePerplexity(scorer, protocol, batch_tokens=40)
+    without.update(texts[:6])
+    without.update(texts[6:])
+    assert metric.compute() == without.compute()
+    assert metric.skipped == without.skipped > 0
+
+
+def test_no_features_come_from_behind_a_bos(scorer):
+    with pytest.raises(ValueError, match="'hf_mean' reads BOS before each text"):
+        GenerativePerplexity(scorer, "hf_mean", keep_features=True)
+
+
 def test_mauve_is_the_mean_of_mauve_texts_own_over_seeds_and_is_quiet(capfd):
     from mauve import compute_mauve
 
@@ -248,15 +271,17 @@ def measure(folder: str, mine: list[str]) -> dict[str, object]:
     scorer = load_scorer(f"{folder}/scorer")
     metrics = {"perplexity": GenerativePerplexity(scorer, "hf_mean"), "entropy": UnigramEntropy()}
     metrics |= {"diversity": NGramDiversity(), "mauve": Mauve(HIDDEN)}
+    metrics |= {"memorisation": Memorisation(known_ngrams(TEXTS[::2]))}
     for metric in metrics.values():  # as a trainer does when an epoch begins
         metric.reset()
     if mine:  # a rank that was given no text never calls update
         metrics["perplexity"].update(mine)
         metrics["entropy"].update(scorer.encode(mine))
         metrics["diversity"].update(mine)
+        metrics["memorisation"].update(mine)
         metrics["mauve"].update(scorer.features(mine), real=True)
     found: dict[str, object] = {}
-    for name in ("perplexity", "entropy", "diversity"):
+    for name in ("perplexity", "entropy", "diversity", "memorisation"):
         found[name] = metrics[name].compute().item()
     for metric in metrics.values():
         if dist.is_initialized():
@@ -283,6 +308,7 @@ def test_two_ranks_measure_what_one_does_even_if_one_has_no_text(tmp_path: Path)
     alone = measure(str(tmp_path), TEXTS)
     assert alone["counts"][0] == 1
     assert 0 < alone["diversity"] < 1
+    assert 0 < alone["memorisation"] < 1
     for case in ("uneven", "idle"):
         for rank in range(2):
             found = torch.load(tmp_path / f"{case}{rank}.pt", weights_only=True)

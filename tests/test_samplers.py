@@ -253,11 +253,14 @@ class Recorder:
 @pytest.mark.parametrize("nfe", [1, 2, 7])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_denoiser_is_called_nfe_times_with_its_last_prediction_and_the_last_is_the_answer(sampler, nfe):
-    denoise, counted = Recorder(), []
+    denoise, told = Recorder(), []
     noise = torch.randn(3, 4, 5, generator=generator())
-    z0_hat = sampler.sample(denoise, SCHEDULE, noise, nfe, generator(), UniformGrid(), on_step=counted.append)
-    assert counted == list(range(1, nfe + 1))
+    z0_hat = sampler.sample(
+        denoise, SCHEDULE, noise, nfe, generator(), UniformGrid(), on_step=lambda *step: told.append(step)
+    )
+    assert [number for number, _ in told] == list(range(1, nfe + 1))
     assert len(denoise.predictions) == nfe
+    assert all(torch.equal(seen, want) for (_, seen), want in zip(told, denoise.predictions, strict=True))
     want = torch.linspace(1, 0.01, nfe + 1)[:-1, None].expand(nfe, 3)
     torch.testing.assert_close(torch.stack(denoise.times), want, rtol=0, atol=1e-7)
     assert torch.equal(denoise.states[0], noise)

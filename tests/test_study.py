@@ -228,12 +228,12 @@ def test_every_command_of_a_study_is_one_that_ldlm_takes(tmp_path, name, scale, 
 
 def test_the_scoring_of_a_cell_is_words_that_evaluate_takes(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("ldlm.lab.evaluation.write_scores", given.append)
+    monkeypatch.setattr("ldlm.lab.sweep.write_scores", given.append)
     for scale, texts, draws in (("laptop", 256, 2), ("paper", 1000, 5)):
         cli.main(list(plan(find_study("table2"), scale, 1, tmp_path, tmp_path, [])[0].commands[2]))
         options = given.pop()
         assert (options.num_samples, options.seeds, options.scorer) == (texts, list(range(draws)), SCALES[scale].scorer)
-        assert (options.source, options.output) == ("WORK/fit/checkpoints/last.ckpt", "WORK/scores.json")
+        assert (options.source, options.output) == (["WORK/fit/checkpoints/last.ckpt"], "WORK/scores.json")
 
 
 # --- running one, with somebody else doing the work

@@ -1,0 +1,274 @@
+"""What ``ldlm evaluate`` does: models and files of samples scored over numbers of denoiser calls, measured and drawn.
+
+In: models or files of samples, a scorer, perhaps real texts. Out: a table, a file of JSON, figures.
+Paper: section 8 and Fig. 1, App. D (Tables 8 and 9); with ``--measure`` also Fig. 3 left, Fig. 4 and Fig. 5.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import math
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
+from transformers.utils import logging as transformers_logging
+
+from ldlm import __version__
+from ldlm.checkpoints import describe
+from ldlm.corpus import has_known_suffix, open_corpus
+from ldlm.files import resolve, sha256, write_atomically
+from ldlm.lab.evaluation import Measure, Texts, read_texts, short
+from ldlm.lab.figures import save
+from ldlm.lab.measurements import measure_latents, pack
+from ldlm.lab.report import write_report
+from ldlm.lab.scoreboard import CAPTIONS, Scores, draw, labels, published, table
+from ldlm.lab.trace import Trace, trace_text
+from ldlm.memorisation import known_ngrams
+from ldlm.module import LDLM
+from ldlm.packing import bos_id, load_tokenizer, tokenizer_digest
+from ldlm.samplers import Sampler, TimeGrid
+from ldlm.scorer import Scorer, find_protocol, load_scorer
+from ldlm.texts import GRIDS, SAMPLERS, check_output, find_device, load, named, sample, without_specials
+
+SHOWN = 36  # texts in a report
+
+
+def write_scores(options: argparse.Namespace) -> None:
+    """Score texts, print a table, and write the scores and figures where the options say.
+
+    Args:
+        options: The command's, by the names that ``ldlm evaluate --help`` shows.
+
+    Raises:
+        ValueError: If an input is at fault. What can be checked before anything is generated is.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    start, device = time.perf_counter(), find_device(options.device)
+    check_output(options.output)
+    check_output(options.report, "--report")
+    if options.figures and Path(options.figures).is_file():
+        raise ValueError(f"--figures {options.figures} is a file; give the name of a folder")
+    find_protocol(options.protocol)
+    sampler, grid = named(options.sampler, SAMPLERS), named(options.grid, GRIDS)
+    samples = read_sources(options)
+    counts = [len(found.texts) if found else options.num_samples for found in samples.values()]
+    real = read_references(options.reference, max(counts)) if options.reference else None
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    theirs = published(options.published)
+    corpus = open_corpus(options.training) if options.training else None
+    known = known_ngrams(corpus) if corpus else None
+    scorer = load_scorer(options.scorer, device=device)
+    sweep = Sweep(options, scorer, real, tokenizer, known, device)
+    names = dict(zip(samples, labels(list(samples)), strict=True))
+    runs: dict[str, list[Scores]] = {}
+    for source, texts in samples.items():
+        runs[names[source]] = [sweep.score_file(source, texts)] if texts else sweep.score_model(source, sampler, grid)
+    everything = [run for each in runs.values() for run in each]
+    result = {
+        **(everything[0] if len(everything) == 1 else {}),
+        "runs": everything,
+        "reference": everything[0]["reference"],
+        "command": " ".join(["ldlm evaluate", *map(short, options.words)]),
+        "measurements": {names[source]: found for source, found in sweep.measurements.items()},
+        "published": theirs,
+        "versions": versions(),
+        "device": device_name(device),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if options.output:
+        with write_atomically(options.output) as file:
+            file.write((json.dumps(without_nan(result), indent=2, ensure_ascii=False) + "\n").encode())
+    drawn = draw(runs, result) if options.figures or options.report else {}
+    if options.figures:
+        save(drawn, Path(options.figures))
+    if options.report:
+        captioned = {CAPTIONS.get(name, name): figure for name, figure in drawn.items()}
+        write_report(Path(options.report), without_nan(result), captioned, sweep.samples, sweep.trace)
+    Console(width=None if sys.stdout.isatty() else 120).print(table(runs))
+
+
+def read_sources(options: argparse.Namespace) -> dict[str, Texts | None]:
+    """The texts of each source, None for a model; ValueError for what is found wrong without loading a model."""
+    sources: list[str] = options.source
+    for source in sources:
+        if sources.count(source) > 1:
+            raise ValueError(f"{source} is given twice")
+        if source.endswith(".ckpt") and not Path(source).is_file():
+            raise ValueError(f"there is no file {source}")
+    found = {source: read_texts(source) if has_known_suffix(source) else None for source in sources}
+    if options.measure and not options.reference:
+        raise ValueError("--measure needs real texts to encode: add --reference FILE")
+    if options.measure and None not in found.values():
+        raise ValueError("--measure is for models, and there are only files of samples")
+    return found
+
+
+def read_references(name: str, count: int) -> Texts:
+    """The first ``count`` texts of a file; ValueError if there are fewer, or if nothing is there to compare them by."""
+    if importlib.util.find_spec("mauve") is None:
+        raise ValueError('--reference is for MAUVE, which needs mauve-text: pip install "ldlm[eval]"')
+    real = read_texts(name, count)
+    if len(real.texts) < count:
+        raise ValueError(
+            f"--reference {name} holds {len(real.texts)} texts for {count} samples: MAUVE compares as many with as many"
+        )
+    return real
+
+
+@dataclass
+class Sweep:
+    """Runs of one command, each the scores of one source at one number of denoiser calls.
+
+    Attributes:
+        options: The command's.
+        scorer: Loaded once for all of them.
+        real: Real texts, enough for each source.
+        tokenizer: Whose ids entropy is over where a file has none.
+        known: The training text's 4-grams.
+        device: Where models run.
+        measurements: Of each model, where they were asked for.
+        samples: Some texts of the last run beside real ones, for a report.
+        trace: A text of the last model, for a report.
+    """
+
+    options: argparse.Namespace
+    scorer: Scorer
+    real: Texts | None
+    tokenizer: PreTrainedTokenizerBase | None
+    known: Tensor | None
+    device: torch.device
+    measurements: dict[str, Scores] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    trace: Trace | None = None
+    _references: dict[tuple[Any, ...], tuple[Scores, Tensor | None]] = field(default_factory=dict)
+
+    def score_file(self, source: str, texts: Texts) -> Scores:
+        """The scores of somebody's samples."""
+        name = "of " + short(self.options.tokenizer or "")
+        measure = Measure(self.scorer, self.options.protocol, self.options.max_length, self.tokenizer, name, self.known)
+        return self._run(source, measure, [texts], None, "as in the file", time.perf_counter())
+
+    def score_model(self, source: str, sampler: Sampler | None, grid: TimeGrid | None) -> list[Scores]:
+        """The scores of a model's samples at each number of denoiser calls; its measurements, if they are wanted."""
+        options, protocol = self.options, find_protocol(self.options.protocol)
+        model, max_length, runs = load(source).to(self.device), self.options.max_length, []
+        if options.protocol == "mdlm" and max_length is None:  # MDLM reads as many tokens as its models write
+            max_length = min(model.sequence_length, self.scorer.context)
+        measure = Measure(self.scorer, options.protocol, max_length, model.tokenizer, "of the model", self.known)
+        if options.measure:  # a token encoder that is not to be had is better missed now than after sampling
+            with torch.no_grad():
+                model.encode(torch.zeros(1, model.sequence_length, dtype=torch.int64, device=self.device))
+        for nfe in options.nfe:
+            start, sets, seconds = time.perf_counter(), [], 0.0
+            one = argparse.Namespace(**(vars(options) | {"nfe": nfe}))
+            for seed in options.seeds:
+                before = time.perf_counter()
+                tokens = torch.cat([part.cpu() for part in sample(model, one, seed, sampler, grid)])
+                seconds += time.perf_counter() - before
+                scored = model.to_text(tokens, protocol.special_tokens)
+                sets.append(Texts(model.to_text(tokens), without_specials(model, tokens), scored))
+            sampling = {name: vars(one)[name] for name in ("nfe", "seeds", "batch_size", "temperature", "precision")}
+            sampling |= {"sampler": describe(sampler or model.sampler), "grid": describe(grid or model.grid)}
+            per_text = seconds / (len(options.seeds) * options.num_samples)
+            sampling |= {"seconds": round(seconds, 3), "seconds_per_text": float(f"{per_text:.4g}")}
+            specials = "kept" if protocol.special_tokens else "removed"
+            runs.append(self._run(source, measure, sets, sampling, specials, start))
+        if options.measure:
+            self.measurements[source] = self._measured(model, measure, tokens)
+        if options.report:
+            with self._precision():
+                arguments = options.seeds[0], options.batch_size, options.temperature
+                self.trace = trace_text(model, nfe, sampler, grid, *arguments)
+        return runs
+
+    def _run(
+        self, source: str, measure: Measure, sets: list[Texts], sampling: Scores | None, specials: str, start: float
+    ) -> Scores:
+        """One run as it is written down."""
+        reference, real = self._reference(measure, len(sets[0].texts))
+        self.samples = [{"generated": text} for text in sets[0].texts[:SHOWN]]
+        for row, text in zip(self.samples, self.real.texts if self.real else [], strict=False):
+            row["real"] = text
+        scorer, protocol = self.scorer, find_protocol(measure.protocol)
+        return {
+            "source": identity(source),
+            **measure.scores(sets, [measure.read(one, real is not None) for one in sets], real),
+            "reference": reference,
+            "protocol": {"name": measure.protocol, "definition": protocol.definition, "special_tokens": specials},
+            "scorer": {"name": short(scorer.name), "sha256": scorer.sha256, "dtype": scorer.dtype}
+            | {"context": scorer.context, "max_length": measure.max_length or scorer.context},
+            "sampling": sampling,
+            "versions": versions(),
+            "device": device_name(self.device),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+
+    def _precision(self) -> torch.autocast:
+        """The arithmetic that texts are sampled in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
+
+    def _reference(self, measure: Measure, count: int) -> tuple[Scores | None, Tensor | None]:
+        """Scores and features of the first real texts, read once for all runs that measure in the same way."""
+        if self.real is None:
+            return None, None
+        tokenizer = measure.tokenizer
+        key = count, measure.max_length, tokenizer_digest(tokenizer) if tokenizer else None
+        if key not in self._references:
+            real = self.real.first(count)
+            read = measure.read(real, features=True)
+            scores = {"source": identity(self.options.reference), **measure.scores([real], [read])}
+            self._references[key] = scores, read.features
+        return self._references[key]
+
+    def _measured(self, model: LDLM, scores: Measure, tokens: Tensor) -> Scores:
+        """The model's measurements on the reference, packed into rows that are framed as its samples are [k n]."""
+
+        def perplexity(rows: Tensor) -> float:
+            texts = model.to_text(rows, find_protocol(scores.protocol).special_tokens)
+            return float(scores.read(Texts(texts), features=False).perplexity.compute())
+
+        options, first = self.options, tokens[:, 0]
+        framed = model.tokenizer is not None and bool((first == bos_id(model.tokenizer)).float().mean() > 0.5)
+        rows = pack(model, self.real.texts if self.real else [], options.num_samples, framed)
+        with self._precision():
+            found = measure_latents(model, rows, perplexity, options.seeds[0], options.batch_size)
+        return {"texts": identity(options.reference), "framed": framed, **found}
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were computed with."""
+    return {"ldlm": __version__, "torch": torch.__version__, "transformers": transformers_version} | {
+        "python": platform.python_version()
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What to call a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def identity(name: str) -> Scores:
+    """A source's name, and its digest if it is a file."""
+    path = Path(resolve(name))
+    return {"name": short(name), "sha256": sha256(path) if path.is_file() else None}
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data with null for numbers that JSON has no word for: no text could be scored."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
