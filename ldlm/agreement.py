@@ -4,6 +4,7 @@ In: parts, a tokenizer, a data module. Out: nothing, or a ValueError in one sent
 No section of the paper.
 """
 
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from transformers import PreTrainedTokenizerBase
 
 from ldlm.data import PackedTextDataModule
@@ -76,4 +77,13 @@ def check_encoder(token_encoder: TokenEncoder, tokenizer: PreTrainedTokenizerBas
         raise ValueError(
             f"the tokenizer {name_tokenizer(tokenizer)} gives other ids than the one of the token encoder, "
             f"{name_tokenizer(own)}: use the tokenizer that belongs to the encoder"
+        )
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies that cut the parameters up: norms, averages and checkpoints here are of whole ones."""
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"{type(strategy).__name__} cuts the parameters up, and gradient norm, averaged weights and checkpoints "
+            "would be of a piece: use strategy='ddp'; the paper's model, optimizer and averages take 6 GB on each GPU"
         )

@@ -116,7 +116,7 @@ class AdaptiveTimestepUpdate(L.Callback):
             return
         self._step = trainer.global_step
         timesteps = as_ldlm(pl_module).timesteps
-        timesteps.synchronize()
+        timesteps.synchronize(as_ldlm(pl_module).skipped)
         if self._step % self.every_n_steps == 0:
             timesteps.refresh()
 
@@ -138,8 +138,9 @@ class SaveAtEnd(L.Callback):
 class EMA(L.Callback):
     """Exponential moving average of the trainable parameters, in float32; buffers are never averaged.
 
-    After n optimizer steps decay_n = min(decay, (1 + n) / (10 + n)). Validation, the end of the fit, checkpoints'
-    ``state_dict`` and exports take the averaged parameters; resuming takes the raw ones.
+    After n optimizer steps decay_n = min(decay, (1 + n) / (10 + n)); a step that was left out moves nothing.
+    Validation, the end of the fit, checkpoints' ``state_dict`` and exports take the averaged parameters; resuming takes
+    the raw ones.
 
     Args:
         decay: Upper bound of the decay.
@@ -187,7 +188,10 @@ class EMA(L.Callback):
         if averages[0].device != parameters[0].device:
             model.averaged = {name: a.to(model.device) for name, a in model.averaged.items()}
             averages = list(model.averaged.values())
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
+        weight = torch.full((), 1 - decay, device=averages[0].device)
+        if model.skipped is not None:
+            weight *= 1 - model.skipped
+        torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
 
     @torch.no_grad()
     def _swap_in(self, model: LDLM) -> None:

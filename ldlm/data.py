@@ -4,9 +4,11 @@ In: a hub data set or the user's own files, a tokenizer, a row length. Out: load
 App. C "Data preprocessing": texts packed without padding (`packing.py`), read as rows in a stateless order (`rows.py`).
 """
 
+import hashlib
 import inspect
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ldlm.corpus import TEXT_UNITS, FileCorpus, is_local, lm1b_detokenizer, looks_like_path, open_corpus
 from ldlm.files import resolve
-from ldlm.packing import load_tokenizer, open_packed, pack
+from ldlm.packing import load_tokenizer, open_packed, pack, read_header, tokenizer_digest
 from ldlm.rows import PackedRows, RowsInOrder, ShuffledOrder, ShuffledRows
+
+# What the order of training rests on; the number of ranks and of accumulated batches is not among it.
+FINGERPRINT = ("data", "tokenizer", "sequence_length", "special_tokens", "batch_size", "seed")
 
 __all__ = ["PackedTextDataModule", "lm1b_detokenizer", "load_tokenizer"]
 
@@ -57,9 +62,10 @@ class PackedTextDataModule(L.LightningDataModule):
         text_unit: what a document of a `.txt` file is: "line", "paragraph" or "document".
         validation_rows: use only so many held-out rows, spread evenly over them.
         seed: of the batch order.
+        allow_changes: names in `FINGERPRINT` that a resumed run may change; anything else that differs is refused.
 
     Raises:
-        ValueError: an argument is out of range, or the files cannot be read as asked.
+        ValueError: an argument is out of range, the files cannot be read as asked, or a run is resumed with others.
         FileNotFoundError: no such file, data set or tokenizer.
     """
 
@@ -82,6 +88,7 @@ class PackedTextDataModule(L.LightningDataModule):
         text_unit: str = "paragraph",
         validation_rows: int | None = None,
         seed: int = 0,
+        allow_changes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         least = 3 if special_tokens else 1
@@ -114,10 +121,14 @@ class PackedTextDataModule(L.LightningDataModule):
         self.batch_size, self.text_column, self.validation = batch_size, text_column, validation
         self.cache_dir, self.num_workers, self.split, self.revision = cache_dir, num_workers, split, revision
         self.config_name, self.detokenize, self.special_tokens = config_name, detokenize, special_tokens
+        if unknown := set(allow_changes) - set(FINGERPRINT):
+            raise ValueError(f"allow_changes names {sorted(unknown)}, but there are only {', '.join(FINGERPRINT)}")
         self.text_unit, self.validation_rows, self.seed = text_unit, validation_rows, seed
+        self.allow_changes = tuple(allow_changes)
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._names: dict[str, str] = {}
         self._rows: dict[str, PackedRows] = {}
+        self._fingerprint: dict[str, object] = {}
 
     @property
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -184,6 +195,26 @@ class PackedTextDataModule(L.LightningDataModule):
             )
             for part, name in self._names.items()
         }
+        self._fingerprint = {}
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Return the rows of `train_dataset` that optimizer step `step`, counted from 0, trains on."""
+        return ShuffledOrder(len(self.train_dataset), self.batch_size, self.seed).batch(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order of training rests on, for a resumed run to compare."""
+        if not self._fingerprint and self._rows:
+            blocks = read_header(self.train_dataset.path, self.loaded_tokenizer)["blocks"]
+            digests = hashlib.sha256("".join(blocks).encode()).hexdigest(), tokenizer_digest(self.loaded_tokenizer)
+            numbers = self.sequence_length, self.special_tokens, self.batch_size, self.seed
+            values = [*(f"of sha256 {digest[:16]}" for digest in digests), *numbers]
+            self._fingerprint = dict(zip(FINGERPRINT, values, strict=True))
+        return dict(self._fingerprint)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other rows, or in another order, than the checkpoint's run; ValueError names both."""
+        if self.trainer is not None and self.trainer.training:
+            check_resumed(state_dict, self.state_dict(), self.allow_changes)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Batches [batch_size / (ranks · accumulated batches), n] from the trainer's current step on.
@@ -198,15 +229,8 @@ class PackedTextDataModule(L.LightningDataModule):
         order = ShuffledOrder(len(rows), self.batch_size, self.seed)
         if trainer is None:
             return self._loader(rows, ShuffledRows(rows, order, lambda: 0))
-        sampler = ShuffledRows(
-            rows,
-            order,
-            lambda: trainer.global_step,
-            trainer.global_rank,
-            trainer.world_size,
-            trainer.accumulate_grad_batches,
-        )
-        return self._loader(rows, sampler)
+        place = trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches
+        return self._loader(rows, ShuffledRows(rows, order, lambda: trainer.global_step, *place))
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
         """The held-out rows in order, calls no larger than training's; an empty list if there are none."""
@@ -240,8 +264,26 @@ class PackedTextDataModule(L.LightningDataModule):
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=_outlive_signals if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def check_resumed(stored: Mapping[str, object], given: Mapping[str, object], allowed: Collection[str]) -> None:
+    """Compare what a checkpoint's run went by with what would go on; ValueError names what may not differ."""
+    for name, value in given.items():
+        if name in stored and stored[name] != value and name not in allowed:
+            raise ValueError(
+                f"the checkpoint's run has {name} {stored[name]} and this one would go on with {value}: give the same, "
+                f"or insist with PackedTextDataModule(allow_changes=[{name!r}]), --data.allow_changes [{name}]"
+            )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a loader process live on while the run it works for saves: SLURM signals all processes of a step alike."""
+    for name in {"SIGTERM", "SIGUSR1"} & signal.Signals.__members__.keys():
+        # A loader that is really to end has half a minute, after which SIGALRM ends it.
+        signal.signal(signal.Signals[name], lambda *_: signal.alarm(30))
 
 
 def _has_name_and_source(function: Callable[[str], str]) -> bool:

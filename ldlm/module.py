@@ -1,35 +1,39 @@
 """The model: its parts wired together, and how it is trained.
 
 In: parts, batches of token ids [b n]. Out: a loss a step; numbers to log.
-Paper: section 4 (the framework), section 5 (the recipe), App. C (optimisation).
+Paper: section 4 (the framework), section 5 (the recipe).
 
-What is minimised stands in `objective.py`, sampling in `generation.py`, files in `storage.py`.
+What is minimised stands in `objective.py`, sampling in `generation.py`, files in `storage.py`, the optimizer's step in
+`optimisation.py`, what watches over a run in `guards.py` and `signals.py`.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
+import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.agreement import check_data, check_encoder, check_parts
-from ldlm.data import PackedTextDataModule
+from ldlm.agreement import check_data, check_encoder, check_parts, check_strategy
+from ldlm.data import PackedTextDataModule, check_resumed
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
 from ldlm.encoders import TokenEncoder
 from ldlm.grids import TimeGrid, UniformGrid
+from ldlm.guards import BadSteps, LatentWatch
 from ldlm.latents import LatentDecoder, LatentEncoder, PerceiverResamplerDecoder, PerceiverResamplerEncoder
 from ldlm.noise import generator, share
 from ldlm.objective import MISSING_WARMUP, normal_like
+from ldlm.optimisation import Optimisation, guarded
 from ldlm.packing import load_tokenizer
 from ldlm.samplers import EulerMaruyama, Sampler
 from ldlm.schedules import NoiseSchedule, TangentSchedule
-from ldlm.storage import Storage
+from ldlm.signals import StopOnSignal
 from ldlm.timesteps import AdaptiveTimesteps, TimestepSampler
 
 
-class LDLM(Storage):
+class LDLM(Optimisation):
     """A latent diffusion language model trained jointly with its latent space.
 
     A part left out is the paper's, at the token encoder's width.
@@ -145,6 +149,7 @@ class LDLM(Storage):
         self.refresh_every: int | None = None
         self.averaged: dict[str, Tensor] | None = None
         self.raw: dict[str, Tensor] | None = None
+        self.skipped: Tensor | None = None
         self._last_step, self._micro_step = -1, 0
 
     def _check(self) -> None:
@@ -176,10 +181,26 @@ class LDLM(Storage):
 
     # ---- training ----------------------------------------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The guards of every run, but for those that the trainer's own callbacks bring already."""
+        guards: list[L.Callback] = [BadSteps(), LatentWatch(), StopOnSignal()]
+        there: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in there)]
+
     def setup(self, stage: str) -> None:
-        """Forget an earlier fit's gamma, so that each fit asks for its warm-up."""
+        """Refuse strategies that cannot work; forget an earlier fit's gamma, so that each fit asks for its warm-up."""
+        check_strategy(self.trainer.strategy)
         if stage == "fit":
-            self.gamma = None
+            self.gamma = self.skipped = None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on as another run; else take the checkpoint's weights."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.training and isinstance(checkpoint.get("ldlm"), dict):
+            allowed = data.allow_changes if isinstance(data, PackedTextDataModule) else ()
+            stored = checkpoint["ldlm"]["model"]["init_args"]
+            check_resumed(stored, {"sequence_length": self.sequence_length, "seed": self.seed}, allowed)
+        super().on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
         """Refuse what would fail or mislead later; measure the hidden states' statistics, once."""
@@ -216,26 +237,31 @@ class LDLM(Storage):
         # Times are drawn for the global batch and sliced, so that they do not depend on the number of ranks.
         rows = len(batch) * ranks * parts
         mine = share(rows, self.global_rank, ranks, self._micro_step, parts)
-        u = self.timesteps.sample(rows, generator(self.seed, "times", step, device=self.device))[mine]
+        self.times = self.timesteps.sample(rows, generator(self.seed, "times", step, device=self.device))
+        u = self.times[mine]
         noise = generator(self.seed, "noise", step, self._micro_step, self.global_rank, device=self.device)
         losses = self.losses(batch, noise, u)
         if self.diffusion_weight > 0:
             self.timesteps.observe(u, losses.rows)
-        self.log_dict(
-            {
-                "train/loss": losses.total.detach(),
-                "train/latent_std": losses.z0.std(dim=(0, 1)).mean(),
-                **{f"train/{name}": loss for name, loss in self.switched_on(losses).items()},
-            }
-        )
-        return losses.total
+        self.logged = {
+            "train/loss": losses.total.detach(),
+            "train/latent_std": losses.z0.std(dim=(0, 1)).mean(),
+            **{f"train/{name}": loss for name, loss in self.switched_on(losses).items()},
+        }
+        self.log_dict(self.logged)
+        return guarded(losses.total)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
         """Losses at evenly spread times, and the accuracy of clean and noised reconstruction."""
         # The last batch may leave a rank nothing; it still takes part in the sums over ranks, with no weight.
         rows, batch = len(batch), batch if len(batch) else batch.new_zeros(1, self.sequence_length)
         noise = generator(self.seed, "validation", batch_idx, self.global_rank, device=self.device)
-        u = (torch.arange(len(batch), device=self.device) + 0.5) / len(batch)
+        # Spread over the rows of all ranks, so that the loss does not depend on their number.
+        counts = torch.zeros(self.trainer.world_size, device=self.device)
+        counts[self.global_rank] = rows
+        counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        place = counts[: self.global_rank].sum() + torch.arange(len(batch), device=self.device) + 0.5
+        u = (place / counts.sum()).clamp(max=1)
         losses = self.losses(batch, noise, u)
         noised = losses.z0 + self.sigma_dec * normal_like(losses.z0, noise)
         values = self.switched_on(losses)
@@ -252,43 +278,3 @@ class LDLM(Storage):
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Token ids [b n] -> their clean reconstruction [b n]."""
         return self.decode(self.encode(batch))
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, linear warm-up from 1e-8, constant, and a linear fall over the last ``lr_decay`` of the run."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=self.learning_rate,
-            betas=(self.betas[0], self.betas[1]),
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            fused=self.trainer.precision != "16-mixed",  # a fused optimizer unscales by itself, after clipping
-        )
-        end = self.trainer.estimated_stepping_batches if self.lr_decay else float("inf")
-        if self.lr_decay and end == float("inf"):
-            raise ValueError(f"lr_decay={self.lr_decay} needs to know where the run ends: give the trainer max_steps")
-
-        def factor(step: int) -> float:
-            start = 1e-8 / self.learning_rate
-            rise = 1.0 if step >= self.lr_warmup_steps else start + (1 - start) * step / self.lr_warmup_steps
-            fall = min(1.0, (end - step) / (self.lr_decay * end)) if self.lr_decay else 1.0
-            return min(rise, max(fall, 0.0))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as Lightning does; its own mixed-precision plugin refuses fused optimizers."""
-        if not gradient_clip_val:  # None or 0: no clipping
-            return
-        if self.trainer.precision == "16-mixed":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        else:
-            self.log("train/grad_norm", torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val))

@@ -36,8 +36,13 @@ class TimestepSampler(nn.Module, abc.ABC):
     def observe(self, u: Tensor, loss: Tensor) -> None:
         """Takes in the losses [b] of rows noised at times `u` [b]; called once per micro-step on every rank."""
 
-    def synchronize(self) -> None:
-        """Closes an optimizer step: what all micro-steps and ranks observed since the last call becomes one update."""
+    def synchronize(self, skipped: Tensor | None = None) -> None:
+        """Closes an optimizer step: what all micro-steps and ranks observed since the last call becomes one update.
+
+        Args:
+            skipped: 1 on all ranks if the step was left out for numbers that are not finite: then nothing changes and
+                what was observed is forgotten. A scalar on the device. None, and 0, mean that it was not.
+        """
 
     def refresh(self) -> None:
         """Recomputes F from what was observed; until the first call F is as constructed."""
@@ -122,13 +127,15 @@ class AdaptiveTimesteps(TimestepSampler):
         self._pending = sums if self._pending is None else self._pending + sums
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def synchronize(self, skipped: Tensor | None = None) -> None:
         """Adds what was observed, summed over all ranks, to the running sums; every rank must call it."""
         pending = torch.stack([self.num, self.den]).zero_() if self._pending is None else self._pending
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(pending)
-        self.num.mul_(self.rho).add_(pending[0])
-        self.den.mul_(self.rho).add_(pending[1])
+        left_out = torch.zeros_like(self.den[0]) if skipped is None else skipped.to(self.den)
+        kept = self.rho + (1 - self.rho) * left_out
+        self.num.mul_(kept).add_(pending[0] * (1 - left_out))
+        self.den.mul_(kept).add_(pending[1] * (1 - left_out))
         self._pending = None
 
     def edge_losses(self) -> Tensor:

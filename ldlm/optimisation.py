@@ -1,0 +1,103 @@
+"""One optimizer step: AdamW, its learning rate, the clipped gradient, and the update that is left out.
+
+In: the gradients of all ranks. Out: new parameters; or, where a number is not finite, the old ones and a flag.
+Paper: App. C (optimisation).
+"""
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from ldlm.storage import Storage
+
+
+class Optimisation(Storage):
+    """The optimizer and its steps, in terms of arguments that `LDLM`'s constructor keeps.
+
+    Attributes:
+        skipped: 1 if the last optimizer step changed nothing because its gradient was not finite, else 0: a scalar on
+            the device, which nobody reads there and then. None before the first step.
+        times: The times of the last global batch, [rows of the optimizer step].
+        logged: What the last call logged, by name, scalars on the device.
+    """
+
+    sequence_length: int
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    lr_warmup_steps: int
+    lr_decay: float
+    seed: int
+    skipped: Tensor | None
+    times: Tensor
+    logged: dict[str, Tensor]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, linear warm-up from 1e-8, constant, and a linear fall over the last ``lr_decay`` of the run."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=self.learning_rate,
+            betas=(self.betas[0], self.betas[1]),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=self.trainer.precision != "16-mixed",  # a fused optimizer unscales by itself, after clipping
+        )
+        end = self.trainer.estimated_stepping_batches if self.lr_decay else float("inf")
+        if self.lr_decay and end == float("inf"):
+            raise ValueError(f"lr_decay={self.lr_decay} needs to know where the run ends: give the trainer max_steps")
+
+        def factor(step: int) -> float:
+            start = 1e-8 / self.learning_rate
+            rise = 1.0 if step >= self.lr_warmup_steps else start + (1 - start) * step / self.lr_warmup_steps
+            fall = min(1.0, (end - step) / (self.lr_decay * end)) if self.lr_decay else 1.0
+            return min(rise, max(fall, 0.0))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Go on at a whole step from a checkpoint that was written between two accumulated batches.
+
+        Their gradient is in no checkpoint, so the step is begun anew. Lightning 2.6.6 writes such checkpoints by
+        ``train_time_interval``, and in the first step after resuming, and would then step on what is left of the batch.
+        """
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        # The last batch of an epoch is stepped on whatever was accumulated.
+        begun = 0 if progress.is_last_batch else progress.current.ready % self.trainer.accumulate_grad_batches
+        for counts in (vars(progress.current), vars(progress.total)):
+            for name in counts:  # ready, started, processed, completed
+                counts[name] -= begun
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Leave out an update that is not finite, on all ranks alike; else clip as Lightning does.
+
+        The gradient is by now the mean over ranks and accumulated batches, so one NaN anywhere is in everybody's norm.
+        The fused step reads the flag on the device. With 16-mixed, the loss scaler leaves out the same updates.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.skipped = (~norm.isfinite()).float()
+        self.log("train/grad_norm", norm)
+        if self.trainer.precision == "16-mixed":
+            if gradient_clip_val:
+                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = self.skipped  # type: ignore[attr-defined]  # what torch's own loss scaler sets
+        # Lightning's mixed-precision plugin would refuse fused optimizers here.
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+
+def guarded(loss: Tensor) -> Tensor:
+    """The loss, with a gradient of NaN where it is not finite: gradients are summed over ranks, and losses are not."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

@@ -1,0 +1,319 @@
+"""Bad numbers change nothing and are counted; bad latents are named; nothing waits for a device."""
+
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from faults import Poison
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from tiny import make_data, make_model, make_trainer, rows
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from ldlm import noise
+from ldlm.callbacks import EMA, AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
+from ldlm.guards import BadSteps, LatentWatch, Later, diagnosis
+from ldlm.rows import ShuffledOrder
+from ldlm.schedules import TangentSchedule
+from ldlm.signals import StopOnSignal
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "table1-laptop"
+KINDS = ["nan in the loss", "inf in the loss", "nan in one gradient"]
+
+
+def recipe(*more: L.Callback) -> list[L.Callback]:
+    return [DiffusionToEncoderWarmup(steps=4), AdaptiveTimestepUpdate(every_n_steps=2), EMA(), *more]
+
+
+class Keep(L.Callback):
+    """All that training changes, after each step."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        self.states[trainer.global_step] = everything(model, model.averaged, trainer.optimizers[0])
+
+
+def everything(model, averaged, optimizer) -> dict[str, torch.Tensor]:
+    found = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
+    found |= {f"averaged.{name}": value.clone() for name, value in averaged.items()}
+    for index, state in enumerate(optimizer.state_dict()["state"].values()):
+        found |= {f"optimizer.{index}.{name}": value.clone() for name, value in state.items()}
+    return found
+
+
+def by_hand(model, data, steps: int, left_out: set[int], accumulated: int) -> dict[str, torch.Tensor]:
+    """The training as a plain loop that leaves steps out."""
+    order = ShuffledOrder(len(data.train_dataset), data.batch_size, data.seed)
+    model.token_encoder.fit_statistics([data.train_dataset[order.batch(s)] for s in range(2)], model.statistics_rows)
+    trainable = dict(model.named_parameters())
+    averaged = {name: p.detach().clone() for name, p in trainable.items()}
+    optimizer = torch.optim.AdamW(trainable.values(), 1e-3, (0.9, 0.98), 1e-8, weight_decay=0.01, fused=True)
+    for step in range(steps):
+        model.gamma = torch.tensor(DiffusionToEncoderWarmup(steps=4).gamma(step))
+        u = model.timesteps.sample(data.batch_size, noise.generator(model.seed, "times", step))
+        batch = data.train_dataset[order.batch(step)]
+        if step not in left_out:
+            optimizer.zero_grad()
+            for micro in range(accumulated):
+                part = noise.share(data.batch_size, 0, 1, micro, accumulated)
+                losses = model.losses(batch[part], noise.generator(model.seed, "noise", step, micro, 0), u[part])
+                (losses.total / accumulated).backward()
+                model.timesteps.observe(u[part], losses.rows)
+            torch.nn.utils.clip_grad_norm_(trainable.values(), 0.5)
+            optimizer.step()
+            model.timesteps.synchronize()
+            decay = (2 + step) / (11 + step)
+            for name, p in trainable.items():
+                averaged[name] = torch.lerp(averaged[name], p.detach(), torch.tensor(1 - decay))
+        if (step + 1) % 2 == 0:
+            model.timesteps.refresh()
+    return everything(model, averaged, optimizer)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_a_bad_step_is_the_run_that_leaves_it_out(tmp_path, kind, accumulated):
+    keep, model = Keep(), make_model()
+    callbacks = recipe(Poison(kind, {3}, micro_step=accumulated - 1), keep)
+    arguments = {"max_steps": 7, "accumulate_grad_batches": accumulated, "gradient_clip_val": 0.5}
+    trainer = make_trainer(tmp_path, callbacks, **arguments)
+    with pytest.warns(UserWarning, match="1 updates were left out so far .* the last of them step 3"):
+        trainer.fit(model, make_data(tmp_path))
+    before, after, end = keep.states[3], keep.states[4], keep.states[7]
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed <= {"model.timesteps.density"}  # refreshed after step 4, from unchanged sums
+    want = by_hand(make_model(), make_data(tmp_path), 7, {3}, accumulated)
+    assert want.keys() == end.keys()
+    assert {name for name in want if not torch.equal(want[name], end[name])} == set()
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+    assert {float(value) for name, value in end.items() if name.endswith(".step")} == {6.0}
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_with_step_times_and_rows(tmp_path):
+    data, model = make_data(tmp_path), make_model()
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = make_trainer(tmp_path, recipe(Poison("nan in the loss", set(range(2, 99)))), max_steps=80)
+    with pytest.raises(ValueError, match="updates in a row were left out") as raised:
+        trainer.fit(model, data)
+    said = str(raised.value)
+    assert trainer.global_step == 50  # sent off after 25 steps, read after 50
+    step = int(re.search(r"The last was step (\d+), counted from 0", said)[1])
+    assert step == 49
+    u = model.timesteps.sample(4, noise.generator(0, "times", step))  # its density stands still since step 2
+    assert f"at the times u = {[round(value, 4) for value in u.tolist()]} on" in said
+    order = ShuffledOrder(len(data.train_dataset), 4, 0)
+    assert f"on the rows {order.batch(step)} of texts-train" in said
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not all(torch.equal(start[name], p) for name, p in model.named_parameters())  # steps 0 and 1 were made
+
+
+def test_a_run_shorter_than_the_interval_is_ended_too_and_a_loader_of_ones_own_is_named_as_such(tmp_path):
+    callbacks = recipe(Poison("inf in the loss", {1, 2, 3}), BadSteps(max_in_a_row=3))
+    trainer = make_trainer(tmp_path, callbacks, max_steps=5)
+    with pytest.raises(
+        ValueError, match=r"3 updates in a row .*, 3 in all.* was step 3, .* of a loader whose rows are"
+    ):
+        trainer.fit(make_model(), DataLoader(rows(40), batch_size=4))
+
+
+def test_bad_steps_with_good_ones_between_them_never_end_a_run(tmp_path):
+    keep = Keep()
+    callbacks = recipe(Poison("nan in the loss", set(range(0, 30, 3)) | set(range(1, 30, 3))), keep)
+    callbacks.append(BadSteps(max_in_a_row=3, every_n_steps=4))
+    trainer = make_trainer(tmp_path, callbacks, max_steps=30, max_epochs=-1)
+    trainer.fit(make_model(), make_data(tmp_path))
+    assert trainer.callback_metrics["train/skipped_steps"] == 20
+    assert sum(isinstance(callback, BadSteps) for callback in trainer.callbacks) == 1  # one's own takes the place
+
+
+def test_an_error_lists_32_rows_of_a_large_batch(tmp_path):
+    callbacks = recipe(Poison("nan in the loss", {0}), BadSteps(max_in_a_row=1))
+    with pytest.raises(ValueError, match=r"\] and 8 more on the rows .*\] and 8 more of texts-train"):
+        make_trainer(tmp_path, callbacks, max_steps=1).fit(make_model(), make_data(tmp_path, batch_size=40))
+
+
+def test_a_checkpoint_after_a_bad_step_is_finite_and_the_count_goes_on_after_resuming(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    callbacks = recipe(Poison("nan in one gradient", {2}), keep)
+    make_trainer(tmp_path, callbacks, max_steps=3, enable_checkpointing=True).fit(make_model(), make_data(tmp_path))
+    saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
+    tensors = [*saved["state_dict"].values(), *saved["raw_parameters"].values()]
+    tensors += [t for state in saved["optimizer_states"][0]["state"].values() for t in state.values()]
+    assert all(t.isfinite().all() for t in tensors)
+    trainer = make_trainer(tmp_path, recipe(Poison("nan in one gradient", {4})), max_steps=6)
+    trainer.fit(make_model(), make_data(tmp_path), ckpt_path=tmp_path / "step=3.ckpt")
+    assert trainer.callback_metrics["train/skipped_steps"] == 2
+
+
+def test_half_precision_skips_the_updates_that_its_loss_scaler_skips(tmp_path):
+    keep, model = Keep(), make_model()
+    half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # the Trainer alone refuses it on a CPU
+    arguments = {"max_steps": 6, "gradient_clip_val": 0.5, "plugins": [half]}
+    trainer = make_trainer(tmp_path, recipe(Poison("inf in the loss", {3}), keep), **arguments)
+    trainer.fit(model, make_data(tmp_path))
+    changed = {name for name, value in keep.states[3].items() if not torch.equal(value, keep.states[4][name])}
+    assert changed <= {"model.timesteps.density"}
+    assert not torch.equal(
+        keep.states[4]["averaged.token_decoder.head.weight"], model.averaged["token_decoder.head.weight"]
+    )
+    assert half.scaler.get_scale() == 2**15
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+
+
+def test_an_optimizer_of_ones_own_is_told_as_well(tmp_path):
+    class Mine(type(make_model())):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, fused=True)
+
+    model, keep = make_model(), Keep()
+    model.__class__ = Mine
+    make_trainer(tmp_path, recipe(Poison("nan in the loss", {2}), keep), max_steps=4).fit(model, make_data(tmp_path))
+    changed = {name for name, value in keep.states[2].items() if not torch.equal(value, keep.states[3][name])}
+    assert changed <= {"model.timesteps.density"}
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# --- nothing waits
+
+
+class Waits(TorchDispatchMode):
+    """What brings a number from the device to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"):
+            self.found.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+class Listen(L.Callback):
+    """Listens to whole steps, other callbacks included: it is the first to start and the first of the next to end."""
+
+    def __init__(self) -> None:
+        self.waits: dict[int, list[str]] = {}
+        self.mode: Waits | None = None
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        self.mode = Waits()
+        self.mode.__enter__()
+
+    def on_before_zero_grad(self, trainer, model, optimizer):
+        self.waits[trainer.global_step] = self.mode.found
+
+
+class Hush(L.Callback):
+    def __init__(self, listen: Listen) -> None:
+        self.listen = listen
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        self.listen.mode.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_brings_no_number_from_the_device(tmp_path, precision):
+    listen = Listen()
+    callbacks = [listen, *recipe(BadSteps(every_n_steps=3), LatentWatch(every_n_steps=3), StopOnSignal())]
+    arguments = {"max_steps": 12, "gradient_clip_val": 1.0, "precision": precision, "max_epochs": -1}
+    callbacks.append(Hush(listen))
+    make_trainer(tmp_path, callbacks, **arguments).fit(make_model(), make_data(tmp_path))
+    assert len(listen.waits) == 12
+    assert {step: found for step, found in listen.waits.items() if found} == {}
+    with Waits() as waits:  # it does hear
+        torch.ones(()).item()
+    assert waits.found == ["aten::_local_scalar_dense"]
+
+
+def test_numbers_sent_later_are_those_of_the_time_they_were_sent():
+    later, values = Later(), torch.tensor([1.0, 2.0])
+    assert later.read() is None
+    later.send(values)
+    values.zero_()
+    assert later.read() == [1.0, 2.0]
+
+
+# --- latents
+
+
+def test_the_diagnosis_names_the_three_collapsed_runs_of_the_study_and_no_other():
+    ends = torch.tensor([0.01, 0.99], dtype=torch.float64)
+    seen = tuple((3 * torch.tan(math.pi * ends / 2)).tolist())  # sigma/alpha of the tangent schedule
+    assert (TangentSchedule().sigma(ends) / TangentSchedule().alpha(ends)).tolist() == pytest.approx(seen, rel=1e-9)
+    found = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        run = json.loads(file.read_text())
+        sigma_dec = {"sigma-0.1": 0.1, "sigma-0.5": 0.5, "sigma-3": 3.0}.get(run["cell"], 1.0)
+        gammas = dict(run["curves"]["gamma"])
+        for step, std in run["curves"]["latent_std"]:
+            warning = diagnosis(std, gammas[step], None, seen, sigma_dec, 256)
+            if warning is not None:
+                found.setdefault(run["cell"], (step, warning[0]))
+    assert len(list(RESULTS.glob("*.json"))) == 13
+    assert {cell: what for cell, (_, what) in found.items()} == dict.fromkeys(
+        ["shallow", "sigma-3", "warmup-0"], "the latents have collapsed"
+    )
+    assert {cell: step for cell, (step, _) in found.items()} == {"shallow": 219, "sigma-3": 519, "warmup-0": 19}
+
+
+@pytest.mark.parametrize(
+    ("scale", "sigma_dec", "message"),
+    [
+        (
+            1e-4,
+            0.1,
+            r"the latents have collapsed: their deviation \S+ lies below .* 0\.047 at t = 0\.01 \(cross-entropy at",
+        ),
+        (
+            1.0,
+            50.0,
+            r"the latents have collapsed: at deviation \S+ under decoder noise of 50 they can tell at most 0\.00",
+        ),
+        (1e4, 1.0, r"the latents explode: .* 191 at t = 0\.99"),
+    ],
+)
+def test_latents_that_collapse_or_explode_are_warned_about_once_with_a_remedy(tmp_path, scale, sigma_dec, message):
+    model = make_model(sigma_dec=sigma_dec, learning_rate=1e-12)
+    last = list(model.latent_encoder.parameters())
+    with torch.no_grad():
+        for parameter in last[-2:]:
+            parameter.mul_(scale)
+    callbacks = [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(9), LatentWatch(every_n_steps=2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, callbacks, max_steps=9, max_epochs=-1).fit(model, make_data(tmp_path))
+    said = [str(warning.message) for warning in caught if "the latents" in str(warning.message)]
+    assert len(said) == 1
+    assert re.search(message, said[0])
+    assert said[0].startswith("step 4: ")  # sent off after 2, read after 4
+    assert "learning rate" in said[0]
+
+
+def test_ordinary_latents_are_not_warned_about(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*latents.*")
+        make_trainer(tmp_path, recipe(LatentWatch(1)), max_steps=6).fit(make_model(), make_data(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BadSteps(max_in_a_row=0), "max_in_a_row=0 must be at least 1"),
+        (lambda: BadSteps(every_n_steps=0), "every_n_steps=0 must be at least 1"),
+        (lambda: LatentWatch(every_n_steps=0), "every_n_steps=0 must be at least 1"),
+        (lambda: StopOnSignal(every_n_steps=0), "every_n_steps=0 must be at least 1"),
+        (lambda: BadSteps().on_train_batch_end(L.Trainer, L.LightningModule(), None, None, 0), "for an LDLM, not for"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,63 @@
+"""Two processes on the same global batch are one, and no bad number of one rank parts them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_guards import KINDS
+from test_resuming import differences, run
+
+
+def left(folder: Path, rank: int = 0) -> dict[str, Any]:
+    return torch.load(folder / f"rank{rank}.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process_in_gradients_weights_statistics_metrics_and_texts(tmp_path):
+    common = {"quiet": True, "batch_size": 8, "save_every": 100, "max_steps": 7, "validation": 8}
+    run({"folder": str(tmp_path / "one"), **common}, {"folder": str(tmp_path / "one2"), **common, "accumulated": 2})
+    run(
+        {"folder": str(tmp_path / "two"), "devices": 2, **common},
+        {"folder": str(tmp_path / "two2"), "devices": 2, **common, "accumulated": 2},
+    )
+    one = left(tmp_path / "one")
+    assert {"validation/diffusion", "validation/token", "validation/accuracy"} <= one["metrics"].keys()
+    assert one["state"]["timesteps.den"].sum() > 30
+    for name in ("one2", "two", "two2"):
+        other = left(tmp_path / name)
+        for key, value in one["gradients"].items():
+            torch.testing.assert_close(
+                other["gradients"][key], value, rtol=1e-5, atol=1e-7 + 1e-6 * value.abs().max().item()
+            )
+        # Validation calls are as large as training's, and spread the times over themselves.
+        alike = {"state": one, "raw": one, "metrics": left(tmp_path / "one2") if name == "two2" else one}
+        for part in alike if name != "one2" else ("state", "raw"):
+            for key, value in alike[part][part].items():
+                torch.testing.assert_close(
+                    other[part][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+                )
+        assert torch.equal(other["tokens"], one["tokens"])
+        assert other["texts"] == one["texts"]
+    assert len(set(one["texts"])) > 1
+
+
+@pytest.mark.slow
+def test_a_bad_number_of_one_rank_is_left_out_by_both(tmp_path):
+    common = {"devices": 2, "batch_size": 8, "max_steps": 6}
+    runs = [{"folder": str(tmp_path / kind), "poison": [kind, [3], 1], **common} for kind in KINDS]
+    run({"folder": str(tmp_path / "whole"), **common}, *runs)
+    for kind in KINDS:
+        before, after, end = (
+            torch.load(tmp_path / kind / f"step={step}.ckpt", weights_only=True) for step in (3, 4, 6)
+        )
+        for part in ("state_dict", "raw_parameters", "optimizer_states"):
+            assert [d for d in differences(before[part], after[part], part) if ".lr: " not in d] == []
+        assert differences(after["raw_parameters"], end["raw_parameters"]) != []
+        assert differences(left(tmp_path / kind, 0), left(tmp_path / kind, 1)) == []
+        assert left(tmp_path / kind)["metrics"]["train/skipped_steps"] == 1
+    assert differences(left(tmp_path / "whole", 0), left(tmp_path / "whole", 1)) == []
+    assert left(tmp_path / "whole")["metrics"]["train/skipped_steps"] == 0
+    # All kinds left out the same step, so all ended alike.
+    for kind in KINDS[1:]:
+        assert differences(left(tmp_path / KINDS[0])["raw"], left(tmp_path / kind)["raw"]) == []
