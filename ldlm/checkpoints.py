@@ -11,12 +11,11 @@ Nothing is imported on a file's word: `build` takes classes only from modules th
 import inspect
 import json
 import os
-import pickle
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from ldlm.encoders import TokenEncoder
 from ldlm.grids import TimeGrid
 from ldlm.latents import LatentDecoder, LatentEncoder
 from ldlm.samplers import Sampler
+from ldlm.saving import read
 from ldlm.schedules import NoiseSchedule
 from ldlm.timesteps import TimestepSampler
 
@@ -43,6 +43,7 @@ PARTS = (
     TimeGrid,
 )
 FORMAT = 1
+T = TypeVar("T")
 
 
 def describe(part: object, leave_out: tuple[str, ...] = (), kind: type | None = None) -> dict[str, Any]:
@@ -110,23 +111,47 @@ def build(description: Any) -> Any:
     if description.keys() != {"class_path", "init_args"}:
         return {key: build(item) for key, item in description.items()}
     module_name, _, class_name = str(description["class_path"]).rpartition(".")
-    if module_name not in sys.modules:
+    module = sys.modules.get(module_name)
+    if not isinstance(module, ModuleType):
         raise ValueError(
             f"this model uses the class {class_name} of the module {module_name}, which is not imported, and files "
             f"are not allowed to import anything: import {module_name} first, or add --import {module_name}"
         )
-    kind = vars(sys.modules[module_name]).get(class_name)
+    kind = vars(module).get(class_name)
     if not (isinstance(kind, type) and issubclass(kind, PARTS)):
         raise ValueError(
             f"this model uses {description['class_path']}, which is not a part of a model here: define the class in "
             f"{module_name} at the top level, as a subclass of one of ldlm's abstract parts"
         )
+    return make(kind, description["init_args"])
+
+
+def make(kind: type[T], arguments: dict[str, Any]) -> T:
+    """An object of a class from arguments that a file gives, after `build` made parts of those that describe one.
+
+    Raises:
+        ValueError: If the class cannot be made of them.
+    """
     try:
-        return kind(**{name: build(value) for name, value in description["init_args"].items()})
-    except TypeError as error:
+        built = {name: build(value) for name, value in arguments.items()}
+        for name, hint in _hints(kind).items():
+            if isinstance(built.get(name), PARTS) and not isinstance(built[name], hint):
+                raise TypeError(f"{name} cannot be a {type(built[name]).__name__}")
+        return kind(**built)
+    except ValueError:
+        raise
+    except Exception as error:  # a stranger's arguments can make a constructor raise anything
         raise ValueError(
-            f"{description['class_path']} cannot be made from what the file says of it: {error}"
+            f"{kind.__module__}.{kind.__qualname__} cannot be made from what the file says of it: {error}"
         ) from error
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a constructor's arguments, as far as they are known while running."""
+    try:
+        return get_type_hints(inspect.getattr_static(kind, "__init__"))
+    except NameError:  # somebody's own part, with names for type checkers alone
+        return {}
 
 
 def pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
@@ -137,37 +162,39 @@ def pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         return {path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files}
 
 
-def unpack_tokenizer(files: dict[str, Tensor]) -> PreTrainedTokenizerBase:
-    """The inverse of `pack_tokenizer`."""
+def unpack_tokenizer(files: dict[str, Tensor], source: str = "the file") -> PreTrainedTokenizerBase:
+    """The inverse of `pack_tokenizer`; ValueError if these are no tokenizer's files."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
+        try:
+            for name, content in files.items():
+                (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
+        except Exception as error:  # a stranger's names and contents can be anything
+            raise ValueError(f"{source} holds no files of a tokenizer ({error})") from error
+        return read_tokenizer(folder, source)
+
+
+def read_tokenizer(folder: str | os.PathLike[str], source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, none of whose code is run; ValueError if it cannot be read."""
+    try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return tokenizer
+    except Exception as error:  # a stranger's files can make it raise anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the tokenizer of {source} could not be read ({reason})") from error
+    return tokenizer
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint of ours as plain data and CPU tensors; nothing in it is executed.
 
     Raises:
-        ValueError: If the file is missing, truncated, or not a checkpoint of this library.
+        ValueError: If the file is missing, damaged, or not a checkpoint of this library.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.ckpt"))[:5] if path.parent.is_dir() else []
-        there = f"; there are {', '.join(near)}" if near else ""
-        raise ValueError(f"checkpoint {path} does not exist{there}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated or not a checkpoint: use another, or train again")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} could not be read as a checkpoint ({reason}): use another, or train again") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    checkpoint = read(os.fspath(path))
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} is of something else: it does not describe an ldlm model")
     check_description(checkpoint.get("ldlm"), str(path))
-    return checkpoint
+    return dict(checkpoint)
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -191,20 +218,21 @@ def check_description(about: Any, source: str) -> dict[str, Any]:
     Raises:
         ValueError: If it is something else, or of another format.
     """
-    if not isinstance(about, dict) or not isinstance(about.get("model"), dict) or "init_args" not in about["model"]:
+    model = about.get("model") if isinstance(about, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
         raise ValueError(f"{source} is of something else: it does not describe an ldlm model")
     if about.get("format") != FORMAT:
         raise ValueError(
             f"{source} has format {about.get('format')}, and this ldlm reads {FORMAT}: use the ldlm that wrote it"
         )
-    return about
+    return dict(about)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one sentence about why not."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} could not be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")

@@ -122,7 +122,9 @@ def recipe_file(name: str) -> str:
         Fault: If there is neither.
     """
     if os.path.isfile(name):
-        return name
+        from ldlm.recipes import checked
+
+        return checked(name)
     for folder in ("", "overlays"):
         if name in preset_names(folder):
             return str(CONFIGS / folder / f"{name}.yaml")

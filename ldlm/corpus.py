@@ -69,10 +69,10 @@ class FileCorpus(Corpus):
             ]
             if not self.files:
                 raise FileNotFoundError(f"{path} is a folder without any of {', '.join(SUFFIXES)} in it")
-        elif has_known_suffix(self.path.name):
+        elif has_known_suffix(self.path.name) and self.path.is_file():  # reading a pipe would never end
             self.files = [self.path]
         else:
-            raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}; convert it or rename it")
+            raise ValueError(f"{path} is no file of the kinds {', '.join(SUFFIXES)}; convert it or rename it")
 
     def __iter__(self) -> Iterator[str]:
         """Give the documents file by file."""
@@ -120,7 +120,7 @@ class FileCorpus(Corpus):
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number} is not JSON ({error}); correct or remove that line") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{file}, line {number} is not a JSON object such as {{{self.text_column!r}: …}}")

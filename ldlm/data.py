@@ -7,7 +7,6 @@ App. C "Data preprocessing": texts packed without padding (`packing.py`), read a
 import hashlib
 import inspect
 import os
-import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ldlm.corpus import TEXT_UNITS, FileCorpus, is_local, lm1b_detokenizer, looks_like_path, open_corpus
 from ldlm.files import resolve
-from ldlm.packing import load_tokenizer, open_packed, pack, read_header, tokenizer_digest
-from ldlm.rows import PackedRows, RowsInOrder, ShuffledOrder, ShuffledRows
+from ldlm.packing import VERIFICATIONS, load_tokenizer, open_packed, pack, read_header, tokenizer_digest
+from ldlm.rows import PackedRows, ResumableLoader, RowsInOrder, ShuffledOrder, ShuffledRows, outlive_signals
 
 # What the order of training rests on; the number of ranks and of accumulated batches is not among it.
 FINGERPRINT = ("data", "tokenizer", "sequence_length", "special_tokens", "batch_size", "seed")
 
 __all__ = ["PackedTextDataModule", "lm1b_detokenizer", "load_tokenizer"]
-
-
-class ResumableLoader(DataLoader[Tensor]):
-    """A loader with nothing to save, which says so: Lightning warns of any other when it resumes in mid-epoch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: where to go on follows from the optimizer step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
 
 
 class PackedTextDataModule(L.LightningDataModule):
@@ -62,6 +50,7 @@ class PackedTextDataModule(L.LightningDataModule):
         text_unit: what a document of a `.txt` file is: "line", "paragraph" or "document".
         validation_rows: use only so many held-out rows, spread evenly over them.
         seed: of the batch order.
+        verify: "once", packed files are read through the first time this machine meets them; "full", at each start.
         allow_changes: names in `FINGERPRINT` that a resumed run may change; anything else that differs is refused.
 
     Raises:
@@ -88,6 +77,7 @@ class PackedTextDataModule(L.LightningDataModule):
         text_unit: str = "paragraph",
         validation_rows: int | None = None,
         seed: int = 0,
+        verify: str = "once",
         allow_changes: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -100,6 +90,8 @@ class PackedTextDataModule(L.LightningDataModule):
             raise ValueError(f"num_workers={num_workers} must be 0 (load in this process) or more")
         if validation_rows is not None and validation_rows < 1:
             raise ValueError(f"validation_rows={validation_rows} must be at least 1, or None for all of them")
+        if verify not in VERIFICATIONS:
+            raise ValueError(f"verify={verify!r} must be one of {', '.join(VERIFICATIONS)}")
         if text_unit not in TEXT_UNITS:
             raise ValueError(f"text_unit={text_unit!r} must be one of {', '.join(TEXT_UNITS)}")
         for name, value in (("dataset", dataset), ("text_column", text_column), ("split", split)):
@@ -123,7 +115,7 @@ class PackedTextDataModule(L.LightningDataModule):
         self.config_name, self.detokenize, self.special_tokens = config_name, detokenize, special_tokens
         if unknown := set(allow_changes) - set(FINGERPRINT):
             raise ValueError(f"allow_changes names {sorted(unknown)}, but there are only {', '.join(FINGERPRINT)}")
-        self.text_unit, self.validation_rows, self.seed = text_unit, validation_rows, seed
+        self.text_unit, self.validation_rows, self.seed, self.verify = text_unit, validation_rows, seed, verify
         self.allow_changes = tuple(allow_changes)
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._names: dict[str, str] = {}
@@ -162,8 +154,8 @@ class PackedTextDataModule(L.LightningDataModule):
             self.dataset, self.text_column, self.text_unit, self.split, self.revision, self.config_name
         )
         held_out = None if isinstance(self.validation, str) else self.validation
-        parts = ("train",) if held_out is None else ("train", "validation")
-        paths = pack(corpus, self.loaded_tokenizer, self.folder, parts, held_out, self.detokenize)
+        parts: tuple[str, ...] = ("train",) if held_out is None else ("train", "validation")
+        paths = pack(corpus, self.loaded_tokenizer, self.folder, parts, held_out, self.detokenize, self.verify)
         if isinstance(self.validation, str):
             # A folder that happens to be called "test" does not hide the split of a hub data set.
             local = is_local(self.dataset) or looks_like_path(self.validation)
@@ -175,7 +167,9 @@ class PackedTextDataModule(L.LightningDataModule):
                 self.revision,
                 self.config_name,
             )
-            paths |= pack(other, self.loaded_tokenizer, self.folder, ("validation",), None, self.detokenize)
+            paths |= pack(
+                other, self.loaded_tokenizer, self.folder, ("validation",), None, self.detokenize, self.verify
+            )
         self._names = {part: path.name for part, path in paths.items()}
 
     def setup(self, stage: str | None = None) -> None:
@@ -264,7 +258,7 @@ class PackedTextDataModule(L.LightningDataModule):
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
-            worker_init_fn=_outlive_signals if self.num_workers else None,
+            worker_init_fn=outlive_signals if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -277,13 +271,6 @@ def check_resumed(stored: Mapping[str, object], given: Mapping[str, object], all
                 f"the checkpoint's run has {name} {stored[name]} and this one would go on with {value}: give the same, "
                 f"or insist with PackedTextDataModule(allow_changes=[{name!r}]), --data.allow_changes [{name}]"
             )
-
-
-def _outlive_signals(worker: int) -> None:
-    """Let a loader process live on while the run it works for saves: SLURM signals all processes of a step alike."""
-    for name in {"SIGTERM", "SIGUSR1"} & signal.Signals.__members__.keys():
-        # A loader that is really to end has half a minute, after which SIGALRM ends it.
-        signal.signal(signal.Signals[name], lambda *_: signal.alarm(30))
 
 
 def _has_name_and_source(function: Callable[[str], str]) -> bool:

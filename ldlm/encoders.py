@@ -189,8 +189,12 @@ class PretrainedTokenEncoder(FrozenTokenEncoder):
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """[b n] -> [b n h], bit for bit transformers' ``hidden_states[layer]``."""
-        hidden: Tensor = self.frozen()(tokens).last_hidden_state
-        return hidden
+        try:
+            return self.frozen()(tokens).last_hidden_state  # type: ignore[no-any-return]
+        except (IndexError, RuntimeError) as error:
+            if (n := tokens.shape[1]) > (most := self.frozen().config.max_position_embeddings):
+                raise ValueError(f"sequence_length={n} is more than the {most} of {self.model}") from error
+            raise
 
     def embeddings(self) -> Tensor:
         """The input embedding matrix [v h']."""

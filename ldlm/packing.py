@@ -23,13 +23,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ldlm.corpus import Corpus
-from ldlm.files import resolve, write_atomically
+from ldlm.files import resolve, sweep, verify_blocks, write_atomically
 from ldlm.rows import PackedRows
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 64 * 2**20  # one digest per block: an altered file is found, and found where
 BATCH_CHARACTERS = 2**20  # enough to keep a fast tokenizer's threads busy, little enough for any memory
 PARTS = ("train", "validation")
+VERIFICATIONS = ("once", "full")
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -95,9 +96,10 @@ def read_header(path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
         header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         made_from, version, tokens = header["made_from"], header["format_version"], header["tokens"]
         whole = header["fingerprint"] == _fingerprint(made_from) and len(header["blocks"]) >= 0
+        whole = whole and header.pop("digest", None) in (None, _fingerprint(header))  # of all that is left
         length = tokens * np.dtype(made_from["dtype"]).itemsize
         digest, name = made_from["tokenizer"], header["tokenizer"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path.with_suffix('.json')} is not a whole header of a packed corpus; {remedy}") from None
     if version != FORMAT_VERSION or not whole:
         raise ValueError(f"{path.with_suffix('.json')} was altered or is of another format version; {remedy}")
@@ -109,19 +111,6 @@ def read_header(path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
     if path.stat().st_size != length:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, but {length} were written: it is damaged; {remedy}")
     return dict(header)
-
-
-def verify_blocks(path: Path, header: dict[str, Any]) -> None:
-    """Compare each block of a packed `.bin` with the digest in its header; ValueError if one differs."""
-    with open(path, "rb") as handle:
-        for number, wanted in enumerate(header["blocks"]):
-            if hashlib.sha256(handle.read(BLOCK_BYTES)).hexdigest() != wanted:
-                raise ValueError(
-                    f"{path} was altered after it was written (block {number} of {BLOCK_BYTES} bytes); "
-                    f"delete it and {path.with_suffix('.json').name}, and it is packed again"
-                )
-        if handle.read(1):
-            raise ValueError(f"{path} is longer than the blocks in its header; delete both, and it is packed again")
 
 
 def open_packed(
@@ -153,8 +142,11 @@ def pack(
     parts: tuple[str, ...] = ("train",),
     held_out: float | int | None = None,
     detokenize: Callable[[str], str] | None = None,
+    verify: str = "once",
 ) -> dict[str, Path]:
     """Tokenise a corpus into files in `folder`, or find them there unaltered and made of exactly the same things.
+
+    Two processes may pack the same corpus at once: each writes all of it, and the later one's equal files stay.
 
     Args:
         corpus: the documents.
@@ -163,6 +155,7 @@ def pack(
         parts: ("train",), ("validation",), or both: then `held_out` divides the documents.
         held_out: a fraction in (0, 1), spread evenly (0.1: every tenth document), or the number of last documents.
         detokenize: applied to each text first; a named function of a module.
+        verify: "once", a file that is there is read through the first time it is met; "full", every time.
 
     Returns:
         The path of the `.bin` of each part.
@@ -188,9 +181,10 @@ def pack(
         header = read_header(paths[part], tokenizer)
         if header["made_from"] != made_from[part]:
             raise ValueError(f"{paths[part]} stands where another corpus belongs; delete it and its header")
-        verify_blocks(paths[part], header)
+        verify_blocks(paths[part], header["blocks"], BLOCK_BYTES, full=verify == "full")
     if not missing:
         return paths
+    sweep(Path(folder))
     holds_out = _division(corpus, held_out)
     with ExitStack() as stack:
         # The tokens take their place first and the headers last: without its header a file is never used.
@@ -205,6 +199,7 @@ def pack(
         header = {"format_version": FORMAT_VERSION, "fingerprint": _fingerprint(made_from[part])}
         header |= {"tokenizer": name_tokenizer(tokenizer), "tokens": stream.tokens}
         header |= {"documents": stream.documents, "blocks": stream.blocks, "made_from": made_from[part]}
+        header["digest"] = _fingerprint(header)
         with write_atomically(paths[part].with_suffix(".json")) as handle:
             handle.write(json.dumps(header, indent=1).encode())
         rank_zero_info(f"packed {stream.documents:,} documents, {stream.tokens:,} tokens into {paths[part]}")

@@ -5,6 +5,7 @@ App. C "Data preprocessing": fixed-length chunks of one stream, no padding, batc
 order has no state: it is a pure function of (seed, step), so a run goes on from any step and on any number of ranks.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ldlm import noise
 
@@ -182,3 +183,21 @@ class RowsInOrder(DistributedSampler[list[int]]):
         for start in range(0, self.rows, self.batch_size):
             batch = torch.arange(start, min(start + self.batch_size, self.rows))
             yield batch.tensor_split(self.num_replicas)[self.rank].tolist()
+
+
+class ResumableLoader(DataLoader[Tensor]):
+    """A loader with nothing to save, which says so: Lightning warns of any other when it resumes in mid-epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: where to go on follows from the optimizer step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a loader process live on while the run it works for saves: SLURM signals all processes of a step alike."""
+    for name in {"SIGTERM", "SIGUSR1"} & signal.Signals.__members__.keys():
+        # A loader that is really to end has half a minute, after which SIGALRM ends it.
+        signal.signal(signal.Signals[name], lambda *_: signal.alarm(30))

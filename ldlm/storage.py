@@ -10,26 +10,32 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import ldlm
 from ldlm.checkpoints import (
     FORMAT,
-    build,
     check_description,
     check_weights,
     describe,
+    make,
     pack_tokenizer,
     read_checkpoint,
     read_json,
+    read_tokenizer,
     unpack_tokenizer,
 )
-from ldlm.files import write_atomically
+from ldlm.files import sha256, write_atomically
 from ldlm.generation import Generation
 from ldlm.hub import local_folder
+from ldlm.saving import CheckpointFiles, is_remote, last_checkpoint, not_finite, prepare
+
+__all__ = ["Storage", "last_checkpoint"]
 
 
 class Storage(Generation):
@@ -53,6 +59,32 @@ class Storage(Generation):
         model = describe(self, leave_out=("tokenizer",), kind=self.kind)
         return {"format": FORMAT, "version": ldlm.__version__, "model": model}
 
+    def configure_model(self) -> None:
+        """Put our reader and writer of files in the place of Lightning's own; refuse what could never be saved.
+
+        The hook is the first after callbacks know their folders, and stands before a checkpoint is read.
+        """
+        trainer = self.trainer
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else it is the user's choice
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        if not trainer.training:
+            return
+        if names := not_finite(self.state_dict()):
+            raise ValueError(
+                f"{names[0]} is not finite before training: give finite weights; a buffer that is to hold infinities "
+                "is registered with persistent=False"
+            )
+        for callback in trainer.checkpoint_callbacks:
+            folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+            if folder and trainer.is_global_zero and not is_remote(folder):
+                prepare(Path(folder))
+
+    def on_fit_end(self) -> None:
+        """Raise OSError if the last save failed: the run is not to end as if all were well."""
+        files = self.trainer.strategy.checkpoint_io
+        if isinstance(files, CheckpointFiles) and files.failures:
+            raise OSError("the last checkpoint of this run was not written: a warning above says why")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the model; put averaged parameters into ``state_dict`` and raw ones beside it."""
         checkpoint["ldlm"] = self.description()
@@ -66,6 +98,8 @@ class Storage(Generation):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the raw parameters when training goes on; `callbacks.EMA` takes the averaged ones."""
         check_weights(self, checkpoint["state_dict"], "the checkpoint")
+        if self.trainer.training and "optimizer_states" not in checkpoint:
+            raise ValueError("this checkpoint holds weights alone (save_weights_only): training cannot go on from it")
         if "raw_parameters" in checkpoint and self.trainer.training:
             if self.averaged is None:
                 raise ValueError(
@@ -91,19 +125,23 @@ class Storage(Generation):
             ValueError: If the file is missing, damaged, of something else, or uses classes that are not imported.
         """
         checkpoint = read_checkpoint(checkpoint_path)
-        tokenizer = unpack_tokenizer(checkpoint["tokenizer"]) if "tokenizer" in checkpoint else None
+        files = checkpoint.get("tokenizer")
+        tokenizer = unpack_tokenizer(files, str(checkpoint_path)) if files is not None else None
         return cls._rebuilt(checkpoint["ldlm"], checkpoint["state_dict"], tokenizer, str(checkpoint_path), map_location)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors``, ``ldlm.json`` and the tokenizer's files into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
+        about = folder / "ldlm.json"
+        about.unlink(missing_ok=True)  # written last: without it the folder is no export
+        names = [] if self.tokenizer is None else self.tokenizer.save_pretrained(str(folder))
         with write_atomically(folder / "model.safetensors") as file:
             file.write(save({name: tensor.contiguous() for name, tensor in self.state_dict().items()}))
-        with write_atomically(folder / "ldlm.json") as file:
-            file.write((json.dumps(self.description(), indent=2) + "\n").encode())
+        written = [folder / "model.safetensors", *map(Path, names)]
+        digests = {path.name: sha256(path) for path in written if path.is_file()}
+        with write_atomically(about) as file:
+            file.write((json.dumps(self.description() | {"sha256": digests}, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(
@@ -121,7 +159,9 @@ class Storage(Generation):
         """
         folder = local_folder(str(path_or_repo), revision, "*.json", "*.safetensors", "*.txt", "*.model")
         if not (folder / "ldlm.json").is_file():
-            raise ValueError(f"'{path_or_repo}' holds no ldlm.json: it is not an exported ldlm model")
+            raise ValueError(
+                f"'{path_or_repo}' holds no ldlm.json: it is not an exported ldlm model, or its export was cut short"
+            )
         about = check_description(read_json(folder / "ldlm.json"), f"{path_or_repo}")
         try:
             state = load_file(folder / "model.safetensors")
@@ -129,8 +169,12 @@ class Storage(Generation):
             raise ValueError(
                 f"{folder}/model.safetensors could not be read ({error}): export the model again"
             ) from error
+        digests = about.get("sha256", {})
+        for file in folder.iterdir():  # the folder's names and not the digests', which could lead anywhere
+            if isinstance(digests, dict) and file.name in digests and sha256(file) != digests[file.name]:
+                raise ValueError(f"{path_or_repo}/{file.name} was altered after the export: export the model again")
         with_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if with_tokenizer else None
+        tokenizer = read_tokenizer(folder, str(path_or_repo)) if with_tokenizer else None
         return cls._rebuilt(about, state, tokenizer, str(folder), map_location)
 
     @classmethod
@@ -143,11 +187,10 @@ class Storage(Generation):
         device: str | torch.device,
     ) -> Self:
         """A model from its description, its tensors and its tokenizer."""
-        arguments = {name: build(value) for name, value in about["model"]["init_args"].items()}
-        try:
-            model = cls(**arguments, tokenizer=tokenizer)
-        except TypeError as error:
-            raise ValueError(f"{source} cannot be made into a model: {error}") from error
+        model = make(cls, about["model"]["init_args"] | {"tokenizer": tokenizer})
         check_weights(model, state, source)
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:  # of a kind that cannot be copied, such as sparse ones
+            raise ValueError(f"{source} holds tensors that no weights can be taken from ({error})") from error
         return model.to(device).eval()

@@ -6,13 +6,14 @@ No section of the paper.
 ``--sequence_length``, ``--num_latents``, ``--tokenizer`` and ``--seed_everything`` are given once and reach the data,
 the model and every part that has such an argument. ``--warmup.steps`` is the diffusion-to-encoder warm-up's length.
 ``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take the model from the checkpoint and ``fit-decoder`` from
-``--stage.checkpoint``, whatever a recipe says of it.
+``--stage.checkpoint``, whatever a recipe says of it. ``--ckpt_path`` takes a folder, too, for the newest whole
+checkpoint in it, and ``fit --ckpt_path last`` goes on with the run that saved last, if there is one.
 """
 
 import logging
-import re
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
@@ -50,7 +51,8 @@ from ldlm.cli import recipe_file
 from ldlm.data import PackedTextDataModule, load_tokenizer
 from ldlm.module import LDLM
 from ldlm.packing import name_tokenizer, tokenizer_digest
-from ldlm.parsing import Fault, fail, nearest
+from ldlm.parsing import Fault, explain, fail, value_of
+from ldlm.saving import last_checkpoint, last_of_run
 from ldlm.stages import FixedLatents, TokenDecoderStage
 from ldlm.watch import ReconstructionWriter
 
@@ -73,11 +75,7 @@ ROOMS = (
     timesteps,
     watch,
 )
-REQUIRED = {
-    "warmup.steps": "it is the length of the diffusion-to-encoder warm-up in optimizer steps, 0 for none (the paper's "
-    "worst row)",
-    "stage.checkpoint": "it is the checkpoint for whose latents a token decoder is trained",
-}
+CLASSES = sorted({name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)})
 KEYWORDS = ("best", "last", "hpc", "registry")  # values of --ckpt_path that Lightning looks up itself
 
 
@@ -95,29 +93,7 @@ class ShortErrors(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2."""
-        fail(explain(message, [option for action in self._actions for option in action.option_strings]))
-
-
-def explain(message: str, options: list[str]) -> str:
-    """One of jsonargparse's messages as one sentence, with the nearest option or class where a name is unknown."""
-    if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", message):
-        return f"--{found[1]} is required; {REQUIRED.get(found[1], 'ldlm fit --help says what it is')}"
-    key = re.search(r'[Kk]ey "([\w.]+)"', message)
-    option = f"--{key[1]}: " if key else ""
-    if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", message):
-        return f"there is no option {found[1]}{nearest(found[1], options)}"
-    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        leaves = sorted({option.lstrip("-").rpartition(".")[2] for option in options})
-        return f"{option}there is no option {found[1]!r}{nearest(found[1].rpartition('.')[2], leaves)}"
-    if found := re.search(r"(?:dot import path string: |given class_path ')([\w.]+)", message):
-        classes = {name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)}
-        hint = nearest(found[1].rpartition(".")[2], sorted(classes))
-        return f"{option}there is no class {found[1]!r}; give module.Class, the module in the current folder{hint}"
-    # A union lists what each of its types objects to; what None objects to helps nobody.
-    _, union, errors = message.partition("Errors:")
-    lines = [line.strip(" -") for line in (errors if union else message).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("Expected a <class 'NoneType'>", "Given value"))]
-    return f"{option if union else ''}{' '.join(kept)}"
+        fail(explain(message, [option for action in self._actions for option in action.option_strings], CLASSES))
 
 
 class LDLMCLI(LightningCLI):
@@ -224,6 +200,8 @@ class LDLMCLI(LightningCLI):
             self._take_stored(self.stored, given)
         elif given.latents is not None:
             callbacks.insert(0, FixedLatents(given.latents))  # before EMA asks what is trainable
+        if given.get("ckpt_path") == "last" and self.config.subcommand == "fit":
+            self.config_init["fit"].ckpt_path = last_of_run(self.trainer)
         if self.config.subcommand == "fit":  # now, and not after hours of packing
             check_encoder(self.model.token_encoder, self.model.tokenizer)
 
@@ -265,6 +243,13 @@ def run(words: list[str], command: type[LDLMCLI] = LDLMCLI) -> LDLMCLI:
     quiet()
     checkpoint = value_of("--ckpt_path", words)
     fitting, named = words[0].startswith("fit"), checkpoint not in (None, *KEYWORDS)
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        words = [*words, "--ckpt_path", str(found := last_checkpoint(checkpoint))]
+        if found is None:
+            raise Fault(f"--ckpt_path {checkpoint}: no checkpoint in this folder is whole; name a file, or train")
+        checkpoint = str(found)
+    if checkpoint == "last" and not fitting:
+        raise Fault(f"--ckpt_path last is for fit: give {words[0]} the folder of the run, such as ldlm_runs/quickstart")
     if fitting and named:
         read_checkpoint(str(checkpoint))  # before LightningCLI opens it; LDLMCLI reads it for the other commands
     if not fitting and checkpoint is None and not {"-h", "--help", "--print_config"} & {*words}:
@@ -275,19 +260,8 @@ def run(words: list[str], command: type[LDLMCLI] = LDLMCLI) -> LDLMCLI:
             checkpoint if named and not fitting else None,
             words[0] == "fit-decoder",
         )
-    except (MisconfigurationException, ValueError) as error:
-        raise Fault(explain(str(error), [])) from error
-
-
-def value_of(option: str, words: list[str]) -> str | None:
-    """The last value given for an option, as ``--option value`` or ``--option=value``."""
-    value = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == option:
-            value = following
-        elif word.startswith(f"{option}="):
-            value = word.partition("=")[2]
-    return value
+    except (MisconfigurationException, ValueError, OSError) as error:
+        raise Fault(explain(str(error), [], CLASSES)) from error
 
 
 def quiet() -> None:

@@ -173,6 +173,13 @@ def test_a_name_that_leads_nowhere_is_refused(class_path):
         build({"class_path": class_path, "init_args": {}})
 
 
+def test_what_stands_among_the_modules_and_is_none_is_refused(monkeypatch):
+    for odd in (None, 3, object(), UniformGrid):
+        monkeypatch.setitem(sys.modules, "odd_module", odd)
+        with pytest.raises(ValueError, match="odd_module, which is not imported"):
+            build({"class_path": "odd_module.UniformGrid", "init_args": {}})
+
+
 def test_somebodys_own_encoder_is_made_again_once_its_module_is_imported(tmp_path, monkeypatch):
     (tmp_path / "my_own_encoder.py").write_text(
         "from ldlm.encoders import EmbeddingTokenEncoder\n"
@@ -190,6 +197,23 @@ def test_somebodys_own_encoder_is_made_again_once_its_module_is_imported(tmp_pat
     monkeypatch.delitem(sys.modules, "my_own_encoder")
     with pytest.raises(ValueError, match="--import my_own_encoder"):
         build(description)
+
+
+def test_a_part_whose_types_are_known_to_checkers_alone_is_made_again(tmp_path, monkeypatch):
+    (tmp_path / "my_typed_grid.py").write_text(
+        "from __future__ import annotations\n"
+        "from typing import TYPE_CHECKING\n"
+        "from ldlm.grids import MixedGrid, TimeGrid, UniformGrid\n"
+        "if TYPE_CHECKING:\n"
+        "    from nowhere import Number\n"
+        "class Mine(MixedGrid):\n"
+        "    def __init__(self, first: TimeGrid, weight: Number = 0.5) -> None:\n"
+        "        super().__init__(first, UniformGrid(), weight)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("my_typed_grid")
+    again = build(describe(module.Mine(UniformGrid(0.2))))
+    assert (type(again), again.first.t_min) == (module.Mine, 0.2)
 
 
 def test_plain_data_are_built_as_they_are():

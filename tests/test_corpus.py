@@ -81,7 +81,7 @@ def test_the_packaged_corpus_has_233_addresses():
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-12], "a.jsonl.gz is not a whole gzip file"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 no parquet", "a.parquet cannot be read as Parquet"),
-        ("a.csv", b"x", "a.csv is none of .txt, .jsonl, .jsonl.gz, .parquet"),
+        ("a.csv", b"x", "a.csv is no file of the kinds .txt, .jsonl, .jsonl.gz, .parquet"),
     ],
 )
 def test_an_unreadable_file_is_named_with_the_place(tmp_path, name, data, words):

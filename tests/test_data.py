@@ -313,6 +313,7 @@ def test_the_cache_folder_is_the_argument_else_the_variable_else_the_users(modul
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"num_workers": -1}, "num_workers=-1 must be 0"),
         ({"validation_rows": 0}, "validation_rows=0 must be at least 1"),
+        ({"verify": "often"}, "verify='often' must be one of once, full"),
         ({"text_unit": "word"}, "text_unit='word' must be one of line, paragraph, document"),
         ({"dataset": ""}, "dataset='' is empty"),
         ({"text_column": ""}, "text_column='' is empty"),

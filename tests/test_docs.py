@@ -43,8 +43,17 @@ def test_the_tour_is_what_its_script_prints_but_for_numbers(tmp_path, monkeypatc
 def test_the_reference_names_every_file_of_the_package_that_a_script_may_import():
     named = set(re.findall(r"^::: ldlm\.(\w+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.M))
     there = {path.stem for path in (DOCS.parent / "ldlm").glob("*.py")}
-    assert there - named == {"__init__", "__main__", "cli", "parsing", "training", "texts"}
+    assert there - named == {"__init__", "__main__", "cli", "parsing", "recipes", "training", "texts"}
     assert named <= there
+
+
+def test_reliability_names_tests_that_there_are():
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    found = re.findall(r"`(\w+) -k (\w+)`", page)
+    assert len(found) > 60
+    for file, word in found:
+        names = re.findall(r"^def (test_\w+)", (Path(__file__).parent / f"test_{file}.py").read_text("utf-8"), re.M)
+        assert any(word in name for name in names), f"{file} -k {word} selects nothing"
 
 
 def test_the_reference_names_every_instrument_of_the_lab_in_one_section():

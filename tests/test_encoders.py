@@ -273,3 +273,12 @@ def test_two_ranks_measure_the_statistics_of_their_rows_together(monkeypatch):
     np.testing.assert_allclose(encoder.mean.numpy(), hidden.mean(0), rtol=1e-6)
     np.testing.assert_allclose(encoder.std.numpy(), hidden.std(0), rtol=1e-6)
     assert encoder.statistics_rows == 16
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_rows_longer_than_the_encoder_has_positions_are_refused_with_both_numbers(family, tmp_path):
+    make_pretrained(family, tmp_path)
+    encoder = PretrainedTokenEncoder(str(tmp_path), layer=-2)
+    assert encoder.hidden_states(rows(2, length=32)).shape == (2, 32, HIDDEN)
+    with pytest.raises(ValueError, match="sequence_length=33 is more than the 32 of "):
+        encoder.hidden_states(rows(2, length=33))

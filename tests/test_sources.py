@@ -113,7 +113,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         ("samples.jsonl none.jsonl", "there is no file none.jsonl"),
         ("real.jsonl --reference empty.jsonl", "empty.jsonl holds no texts"),
         ("real.jsonl --reference model", "model is a folder; give a file of texts"),
-        ("real.jsonl --reference list.json", "list.json is none of .txt, .jsonl, "),
+        ("real.jsonl --reference list.json", "list.json is no file of the kinds .txt, .jsonl, "),
         ("real.jsonl --reference one.txt", "--reference one.txt holds 1 texts for 40 samples"),
         ("model --reference real.jsonl", "--reference real.jsonl holds 40 texts for 256 samples"),
         ("real.jsonl --training none.txt", "none.txt does not exist"),
