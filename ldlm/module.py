@@ -245,7 +245,7 @@ class LDLM(Optimisation):
             self.timesteps.observe(u, losses.rows)
         self.logged = {
             "train/loss": losses.total.detach(),
-            "train/latent_std": losses.z0.std(dim=(0, 1)).mean(),
+            "train/latent_std": losses.z0.detach().std(dim=(0, 1)).mean(),
             **{f"train/{name}": loss for name, loss in self.switched_on(losses).items()},
         }
         self.log_dict(self.logged)

@@ -272,3 +272,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
+    # About a save's contents and not about reading; and what one asks for who goes on in a run's folder.
+    saves = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    saves.addFilter(lambda r: "weights_only" not in r.getMessage())
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
