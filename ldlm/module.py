@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ldlm.agreement import check_data, check_encoder, check_parts, check_strategy
+from ldlm.checkpoints import check_description
 from ldlm.data import PackedTextDataModule, check_resumed
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
@@ -196,9 +197,9 @@ class LDLM(Optimisation):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on as another run; else take the checkpoint's weights."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.training and isinstance(checkpoint.get("ldlm"), dict):
+        if self.trainer.training and "ldlm" in checkpoint:
             allowed = data.allow_changes if isinstance(data, PackedTextDataModule) else ()
-            stored = checkpoint["ldlm"]["model"]["init_args"]
+            stored = check_description(checkpoint["ldlm"], "the checkpoint")["model"]["init_args"]
             check_resumed(stored, {"sequence_length": self.sequence_length, "seed": self.seed}, allowed)
         super().on_load_checkpoint(checkpoint)
 

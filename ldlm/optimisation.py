@@ -58,11 +58,19 @@ class Optimisation(Storage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Go on at a whole step from a checkpoint that was written between two accumulated batches.
+        """See that all ranks stand at the same step, and that it is a whole one.
+
+        A checkpoint may have been written between two accumulated batches.
 
         Their gradient is in no checkpoint, so the step is begun anew. Lightning 2.6.6 writes such checkpoints by
         ``train_time_interval``, and in the first step after resuming, and would then step on what is left of the batch.
         """
+        steps: Tensor = self.all_gather(torch.tensor([self.trainer.global_step], device=self.device))  # type: ignore[assignment]
+        if (steps != self.trainer.global_step).any():
+            raise ValueError(
+                f"the ranks would go on from different steps, {steps.flatten().tolist()}: give --ckpt_path a file that "
+                "all of them can read"
+            )
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         # The last batch of an epoch is stepped on whatever was accumulated.
         begun = 0 if progress.is_last_batch else progress.current.ready % self.trainer.accumulate_grad_batches
@@ -91,6 +99,9 @@ class Optimisation(Storage):
             return
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = self.skipped  # type: ignore[attr-defined]  # what torch's own loss scaler sets
+        elif self.skipped:  # somebody's own optimizer, which moves nothing without gradients; this waits for the device
+            optimizer.zero_grad()
+            return
         # Lightning's mixed-precision plugin would refuse fused optimizers here.
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)

@@ -199,5 +199,5 @@ class ResumableLoader(DataLoader[Tensor]):
 def outlive_signals(worker: int) -> None:
     """Let a loader process live on while the run it works for saves: SLURM signals all processes of a step alike."""
     for name in {"SIGTERM", "SIGUSR1"} & signal.Signals.__members__.keys():
-        # A loader that is really to end has half a minute, after which SIGALRM ends it.
-        signal.signal(signal.Signals[name], lambda *_: signal.alarm(30))
+        # A loader that is really to end has ten minutes, after which SIGALRM ends it.
+        signal.signal(signal.Signals[name], lambda *_: signal.alarm(600))

@@ -39,13 +39,14 @@ class CheckpointFiles(TorchCheckpointIO):
             raise ValueError(f"tries={tries} must be at least 1, which ends the run when a save fails")
         self.tries = tries
         self.failures = 0
+        self.training = True  # afterwards nobody would try again, and a failure is an error at once
         self._leaving: set[str] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint whole, or keep what is there.
 
         Raises:
-            OSError: If this is the last of ``tries`` saves in a row that failed.
+            OSError: If this is the last of ``tries`` saves in a row that failed, or fails when training is over.
         """
         try:
             for weights in ("state_dict", "raw_parameters"):  # neither is in what a spawned process hands back
@@ -58,6 +59,8 @@ class CheckpointFiles(TorchCheckpointIO):
         except (OSError, FloatingPointError) as error:
             self.failures += 1
             told = f"{path} of step {checkpoint.get('global_step')} was not written ({error}), and what was there stays"
+            if not self.training:
+                raise OSError(told) from error
             if self.failures >= self.tries:
                 raise OSError(f"{told}; as this is save {self.failures} in a row that failed, the run ends") from error
             rank_zero_warn(f"{told}; training goes on, and ends if {self.tries} saves in a row fail")
@@ -159,7 +162,7 @@ def read(path: str | Path) -> Any:
         there = f"; there are {', '.join(near)}" if near else ""
         raise ValueError(f"checkpoint {path} does not exist{there}")
     content = _unpack(path, str(path))
-    if not digest_file(path).exists():
+    if not digest_file(path.resolve()).exists():
         rank_zero_warn(f"{path} has no {digest_file(path).name} beside it: the checksums in it alone verified it")
     return content
 
@@ -187,7 +190,7 @@ def damage(path: Path) -> str | None:
         return "is truncated or not a checkpoint"
     if altered is not None:
         return f"was altered: the checksum of {altered!r} in it is wrong"
-    beside = digest_file(path)
+    beside = digest_file(path.resolve())  # save_last="link" makes links, whose digest is that of the file
     if beside.exists() and sha256(path).encode() not in beside.read_bytes().split():
         return f"was altered, as its digest is none of those in {beside.name} (remove that if it is not the file's)"
     return None
@@ -247,7 +250,7 @@ def _age(path: Path) -> tuple[float, float]:
     """(optimizer step, time of writing); what cannot be read comes first, so that it is told of."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, _ = content["global_step"] + 0, (content["ldlm"], content["optimizer_states"])
+        step, _ = int(content["global_step"] + 0), (content["ldlm"], content["optimizer_states"])
         return step, path.stat().st_mtime
     except Exception:  # a stranger's bytes can make the reader raise anything
         return math.inf, 0.0

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ldlm.guards import Later
+from ldlm.saving import CheckpointFiles
 
 SECONDS = 2.0  # of training between two times that ranks compare notes; the answer is read as long after
 GRACE = 10.0  # seconds that other processes of this machine get to say what happened to them
@@ -108,7 +109,10 @@ class StopOnSignal(L.Callback):
         path = last_checkpoint(trainer)
         if path is not None:
             trainer.save_checkpoint(path)
+        files = trainer.strategy.checkpoint_io
         saved = f"go on with --ckpt_path {path}" if path else "nothing was saved: the trainer keeps no checkpoints"
+        if isinstance(files, CheckpointFiles) and files.failures:
+            saved = f"{path} could not be written (a warning above says why): go on from what was saved before"
         rank_zero_info(f"{signal.Signals(signum).name} after step {trainer.global_step}: {saved}")
         requeue = "_slurm_sigusr_handler_fn"  # saves where Lightning looks in a requeued job, and calls scontrol
         if signum in _requeue_signals(trainer) and requeue in dir(trainer._signal_connector):

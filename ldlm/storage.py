@@ -67,6 +67,8 @@ class Storage(Generation):
         trainer = self.trainer
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else it is the user's choice
             trainer.strategy.checkpoint_io = CheckpointFiles()
+        if isinstance(files := trainer.strategy.checkpoint_io, CheckpointFiles):
+            files.training = trainer.training
         if not trainer.training:
             return
         if names := not_finite(self.state_dict()):
@@ -82,7 +84,10 @@ class Storage(Generation):
     def on_fit_end(self) -> None:
         """Raise OSError if the last save failed: the run is not to end as if all were well."""
         files = self.trainer.strategy.checkpoint_io
-        if isinstance(files, CheckpointFiles) and files.failures:
+        if not isinstance(files, CheckpointFiles):
+            return
+        files.training = False
+        if files.failures:
             raise OSError("the last checkpoint of this run was not written: a warning above says why")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -243,6 +243,8 @@ def run(words: list[str], command: type[LDLMCLI] = LDLMCLI) -> LDLMCLI:
     quiet()
     checkpoint = value_of("--ckpt_path", words)
     fitting, named = words[0].startswith("fit"), checkpoint not in (None, *KEYWORDS)
+    if checkpoint == "":
+        raise Fault("--ckpt_path is empty: name a checkpoint or a folder, or leave the option out")
     if checkpoint is not None and Path(checkpoint).is_dir():
         words = [*words, "--ckpt_path", str(found := last_checkpoint(checkpoint))]
         if found is None:

@@ -77,6 +77,7 @@ def fit(
     accumulated: int = 1,
     workers: int = 0,
     resume: str | None = None,
+    resuming_rank: int | None = None,
     epochs: bool = False,
     quiet: bool = False,
     pause: float = 0.0,
@@ -116,7 +117,7 @@ def fit(
     )
     data = make_data(here.parent, batch_size=batch_size, validation=validation, num_workers=workers)
     ldlm.objective.normal_like = ldlm.module.normal_like = (lambda z, _: torch.sin(3 * z.detach())) if quiet else drawn
-    trainer.fit(model, data, ckpt_path=resume)
+    trainer.fit(model, data, ckpt_path=resume if resuming_rank in (None, trainer.global_rank) else None)
     ldlm.objective.normal_like = ldlm.module.normal_like = drawn
     left = {
         "gradients": note.gradients,

@@ -317,3 +317,16 @@ def test_ordinary_latents_are_not_warned_about(tmp_path):
 def test_arguments_that_cannot_work_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_optimizer_that_is_not_fused_leaves_out_bad_steps_too(tmp_path):
+    class Mine(type(make_model())):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    model, keep = make_model(), Keep()
+    model.__class__ = Mine
+    make_trainer(tmp_path, recipe(Poison("nan in the loss", {2}), keep), max_steps=4).fit(model, make_data(tmp_path))
+    changed = {name for name, value in keep.states[2].items() if not torch.equal(value, keep.states[3][name])}
+    assert changed <= {"model.timesteps.density"}
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -43,6 +43,14 @@ def test_two_ranks_are_one_process_in_gradients_weights_statistics_metrics_and_t
 
 
 @pytest.mark.slow
+def test_ranks_that_would_go_on_from_different_steps_are_refused(tmp_path):
+    run({"folder": str(tmp_path / "first"), "max_steps": 2, "batch_size": 8})
+    common = {"folder": str(tmp_path / "two"), "devices": 2, "max_steps": 6, "batch_size": 8}
+    with pytest.raises(AssertionError, match=r"the ranks would go on from different steps, \[0, 2\]"):
+        run({**common, "resume": str(tmp_path / "first" / "last.ckpt"), "resuming_rank": 1})
+
+
+@pytest.mark.slow
 def test_a_bad_number_of_one_rank_is_left_out_by_both(tmp_path):
     common = {"devices": 2, "batch_size": 8, "max_steps": 6}
     runs = [{"folder": str(tmp_path / kind), "poison": [kind, [3], 1], **common} for kind in KINDS]

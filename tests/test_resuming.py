@@ -27,7 +27,11 @@ STEPS = 9  # 6 an epoch; the warm-up takes 5, bins are refreshed after 3, 6 and 
 def run(*runs: dict[str, Any]) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)])}
     done = subprocess.run(
-        [sys.executable, str(HERE / "fit.py"), json.dumps(runs)], capture_output=True, text=True, env=environment
+        [sys.executable, str(HERE / "fit.py"), json.dumps(runs)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

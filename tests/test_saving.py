@@ -284,6 +284,18 @@ def test_a_run_whose_last_save_failed_does_not_end_as_if_all_were_well(tmp_path,
     assert read(tmp_path / "runs" / "last.ckpt")["global_step"] == 2
 
 
+def test_a_save_by_hand_after_training_fails_at_once(tmp_path, monkeypatch):
+    full = [False]
+    full_disk(monkeypatch, full)
+    trainer = fit(tmp_path, max_steps=2)
+    full[0] = True
+    with pytest.raises(OSError, match=r"by_hand\.ckpt of step 2 was not written \(.*No space left"):
+        trainer.save_checkpoint(tmp_path / "by_hand.ckpt")
+    full[0] = False
+    trainer.save_checkpoint(tmp_path / "by_hand.ckpt")
+    assert read(tmp_path / "by_hand.ckpt")["global_step"] == 2
+
+
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
@@ -485,3 +497,20 @@ def test_stores_that_are_no_disk_are_left_to_lightning(tmp_path):
     files.remove_checkpoint("memory://bucket/last.ckpt")
     with pytest.raises(ValueError, match="could not be fetched"):
         files.load_checkpoint("memory://bucket/last.ckpt")
+
+
+def test_a_link_to_a_checkpoint_goes_by_that_ones_digest(tmp_path):
+    write(state(3), tmp_path / "last.ckpt")  # as a run that was stopped leaves it; then save_last="link" goes on
+    write(state(6), tmp_path / "step=6.ckpt")
+    (tmp_path / "last.ckpt").unlink()
+    (tmp_path / "last.ckpt").symlink_to("step=6.ckpt")
+    assert damage(tmp_path / "last.ckpt") is None
+    assert read(tmp_path / "last.ckpt")["global_step"] == 6
+
+
+def test_a_step_that_cannot_be_compared_is_passed_over(tmp_path):
+    write(state(5), tmp_path / "good.ckpt")
+    for name, step in [("a", torch.ones(2)), ("b", 1j), ("c", float("nan"))]:
+        write(state(step), tmp_path / f"{name}.ckpt")
+    with pytest.warns(UserWarning, match="passed over"):
+        assert last_checkpoint(tmp_path) == tmp_path / "good.ckpt"

@@ -18,7 +18,7 @@ from test_resuming import run as run_all
 from tiny import make_data, make_model, make_trainer
 
 from ldlm.callbacks import EMA, AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
-from ldlm.signals import StopOnSignal, last_checkpoint
+from ldlm.signals import StopOnSignal, Stopped, last_checkpoint
 
 HERE = Path(__file__).parent
 STEPS = 400
@@ -251,6 +251,25 @@ def test_a_handler_of_ones_own_is_called_too_and_comes_back(tmp_path):
         assert signal.getsignal(signal.SIGUSR1) is mine
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_stop_that_cannot_save_points_to_no_file_that_is_not_there(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=100)
+    trainer = make_trainer(tmp_path, recipe(keep, Kills("on_train_start")), max_steps=5, enable_checkpointing=True)
+    monkeypatch.setattr("ldlm.saving.write", full)
+    with (
+        caplog.at_level("INFO"),
+        pytest.warns(UserWarning, match="No space left"),
+        pytest.raises(Stopped) as stop,
+    ):
+        trainer.fit(make_model(), make_data(tmp_path))
+    assert stop.value.code == 143
+    assert "last.ckpt could not be written" in caplog.text
+    assert "go on with" not in caplog.text
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 def test_after_a_fit_that_was_not_stopped_lightnings_own_ways_are_back(tmp_path):
