@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ldlm.module import LDLM
+from ldlm.optimisation import expect
 
 
 def warmup_gamma(step: int, steps: int, gamma_min: float = 0.0, k: float = 10.0, c: float = 0.8) -> float:
@@ -229,9 +230,7 @@ class EMA(L.Callback):
 
 def as_ldlm(module: L.LightningModule) -> LDLM:
     """The module as an LDLM, which is what these callbacks are for."""
-    if not isinstance(module, LDLM):
-        raise ValueError(f"this callback is for an LDLM, not for a {type(module).__name__}")
-    return module
+    return expect(module, LDLM)
 
 
 def _trainable(model: LDLM) -> list[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ldlm.data import PackedTextDataModule
-from ldlm.optimisation import Optimisation
+from ldlm.optimisation import Optimisation, expect
 
 SHOWN = 32  # rows and times that an error lists
 # torch.amp.GradScaler starts at 2^16 and halves at each overflow: so many skipped steps in a row are its way to 1.
@@ -86,7 +86,7 @@ class BadSteps(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int
     ) -> None:
         """Once an optimizer step, after its last micro-step."""
-        model, step = _model(pl_module), trainer.global_step
+        model, step = expect(pl_module, Optimisation), trainer.global_step
         if step == self._step or model.skipped is None:
             return
         self._step = step
@@ -105,7 +105,7 @@ class BadSteps(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the counts of the last steps too."""
-        self._look(trainer, _model(pl_module), self._counts.tolist())
+        self._look(trainer, expect(pl_module, Optimisation), self._counts.tolist())
 
     def state_dict(self) -> dict[str, Any]:
         """The number of updates left out, which a resumed run counts on from."""
@@ -151,7 +151,7 @@ class LatentWatch(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask the schedule once what it takes to be seen."""
-        model = _model(pl_module)
+        model = expect(pl_module, Optimisation)
         ends = torch.tensor([0.01, 0.99], device=model.device)
         self._low, self._high = (model.schedule.sigma(ends) / model.schedule.alpha(ends)).tolist()
         self._next, self._later, self._warned = trainer.global_step + self.every_n_steps, Later(), set[str]()
@@ -160,7 +160,7 @@ class LatentWatch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int
     ) -> None:
         """Now and then, read what was sent off an interval ago."""
-        model = _model(pl_module)
+        model = expect(pl_module, Optimisation)
         if trainer.global_step < self._next or model.gamma is None or model.diffusion_weight == 0:
             return
         self._next = trainer.global_step + self.every_n_steps
@@ -231,12 +231,6 @@ def diagnosis(
             "sampling starts from noise alone; raise diffusion_weight, shorten the warm-up, or lower the learning rate",
         )
     return None
-
-
-def _model(module: L.LightningModule) -> Optimisation:
-    if not isinstance(module, Optimisation):
-        raise ValueError(f"this callback is for an LDLM, not for a {type(module).__name__}")
-    return module
 
 
 def _rows(trainer: L.Trainer, step: int) -> str:

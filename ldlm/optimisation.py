@@ -4,11 +4,15 @@ In: the gradients of all ranks. Out: new parameters; or, where a number is not f
 Paper: App. C (optimisation).
 """
 
+from typing import TypeVar
+
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from ldlm.storage import Storage
+
+T = TypeVar("T")
 
 
 class Optimisation(Storage):
@@ -107,6 +111,13 @@ class Optimisation(Storage):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+
+def expect(module: object, kind: type[T]) -> T:
+    """The module of a callback, as what the callback is for; ValueError if it is something else."""
+    if not isinstance(module, kind):
+        raise ValueError(f"this callback is for an LDLM, not for a {type(module).__name__}")
+    return module
 
 
 def guarded(loss: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def open_packed(
         tokenizer: the one it was packed with.
         sequence_length: n, tokens in a row.
         special_tokens: whether [BOS] and [EOS] take the first and last of these.
-        limit: keep only the first so many rows.
+        limit: keep only so many rows, spread evenly over the file.
     """
     path = Path(path)
     header = read_header(path, tokenizer)

@@ -77,11 +77,8 @@ class StopOnSignal(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the step, which a resumed run knows only now."""
-        self._next, self._since, self._later = (
-            trainer.global_step + 1,
-            (trainer.global_step, time.perf_counter()),
-            Later(),
-        )
+        self._next, self._later = trainer.global_step + 1, Later()
+        self._since = trainer.global_step, time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int
@@ -106,7 +103,7 @@ class StopOnSignal(L.Callback):
             self._stop(trainer, signum)
 
     def _stop(self, trainer: L.Trainer, signum: int) -> None:
-        path = last_checkpoint(trainer)
+        path = path_of_last(trainer)
         if path is not None:
             trainer.save_checkpoint(path)
         files = trainer.strategy.checkpoint_io
@@ -147,7 +144,7 @@ class StopOnSignal(L.Callback):
             vars(owner).pop(name, None)
 
 
-def last_checkpoint(trainer: L.Trainer) -> str | None:
+def path_of_last(trainer: L.Trainer) -> str | None:
     """Where the trainer's first `ModelCheckpoint` has its last checkpoint, or would have it; None without any."""
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint):

@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.integrate import solve_ivp
 from tiny import generator
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from ldlm.denoiser import DiT
 from ldlm.lab import baselines
@@ -213,25 +213,12 @@ def test_the_network_is_told_the_time_of_the_step_unless_calls_are_cached(monkey
     assert times["flow"] == [0, 0.25, 0.5, 0.75]
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations that make a host wait for its device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        self.count += func.overloadpacket in (aten.equal, aten._local_scalar_dense, aten.nonzero, aten.allclose)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("name", "count"), [("float32", 0), ("lazy", 0), ("flow", 0), ("cached", 9)])
 def test_the_loops_wait_for_no_device_but_for_the_cached_ones_check(name, count):
     backbone = make()
     with Waits() as waits:
         {**MASKED, "flow": one_hot_flow}[name](backbone, 2, N, 9, generator())
-    assert waits.count == count
+    assert len(waits.found) == count
 
 
 # --- flow matching

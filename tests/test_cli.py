@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from command import complaint
-from tiny import WORDS, make_pretrained, make_tokenizer
+from tiny import make_home, make_tokenizer
 
 from ldlm import cli
 from ldlm.encoders import PretrainedTokenEncoder
@@ -71,10 +71,7 @@ LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
 def home(tmp_path_factory):
     """A folder with an encoder, a text, a recipe and the checkpoint that `ldlm fit` makes of them."""
     folder = tmp_path_factory.mktemp("home")
-    make_pretrained("bert", folder / "encoder")
-    make_tokenizer().save_pretrained(str(folder / "encoder"))
-    text = "\n\n".join(" ".join(WORDS[(3 * i + j) % len(WORDS)] for j in range(20)) for i in range(30))
-    (folder / "text.txt").write_text(text)
+    make_home(folder)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -18,7 +18,7 @@ from test_resuming import run as run_all
 from tiny import make_data, make_model, make_trainer
 
 from ldlm.callbacks import EMA, AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
-from ldlm.signals import StopOnSignal, Stopped, last_checkpoint
+from ldlm.signals import StopOnSignal, Stopped, path_of_last
 
 HERE = Path(__file__).parent
 STEPS = 400
@@ -289,9 +289,9 @@ def test_what_is_replaced_in_lightning_is_still_there():
 
 
 def test_the_last_checkpoint_is_the_trainers_own_or_stands_beside_its_others(tmp_path):
-    assert last_checkpoint(make_trainer(tmp_path, [])) is None
+    assert path_of_last(make_trainer(tmp_path, [])) is None
     keep = ModelCheckpoint(tmp_path / "kept")
     trainer = make_trainer(tmp_path, [keep], enable_checkpointing=True)
-    assert last_checkpoint(trainer) == str(tmp_path / "kept" / "last.ckpt")
+    assert path_of_last(trainer) == str(tmp_path / "kept" / "last.ckpt")
     keep.last_model_path = "elsewhere/last-v1.ckpt"
-    assert last_checkpoint(trainer) == "elsewhere/last-v1.ckpt"
+    assert path_of_last(trainer) == "elsewhere/last-v1.ckpt"

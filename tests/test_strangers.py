@@ -25,7 +25,7 @@ import torch
 import yaml
 from command import complaint
 from test_cli import RECIPE
-from tiny import make_model, make_pretrained, make_tokenizer, make_trainer
+from tiny import make_home, make_model, make_tokenizer, make_trainer
 from transformers import PreTrainedTokenizerBase
 
 from ldlm import cli
@@ -860,11 +860,7 @@ def test_mutated_recipes_are_refused_in_a_sentence_or_read(tmp_path, monkeypatch
 def test_many_mutated_recipes_are_refused_in_a_sentence_or_trained_by(tmp_path, monkeypatch, capsys):
     signal.alarm(900)
     monkeypatch.chdir(tmp_path)
-    make_pretrained("bert", tmp_path / "encoder")
-    make_tokenizer().save_pretrained(str(tmp_path / "encoder"))
-    (tmp_path / "text.txt").write_text(
-        "\n\n".join(" ".join(f"word{(3 * i + j) % 37}" for j in range(20)) for i in range(30))
-    )
+    make_home(tmp_path)
     told, read = mutations(150, 1, tmp_path, capsys, "--trainer.max_steps", "1")
     assert told >= 50
     assert read >= 20

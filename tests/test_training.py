@@ -9,7 +9,7 @@ import torch
 import yaml
 from command import complaint
 from test_cli import RECIPE
-from tiny import WORDS, make_pretrained, make_tokenizer
+from tiny import make_home
 
 from ldlm import cli
 from ldlm.saving import digest_file
@@ -21,10 +21,7 @@ LAST = "runs/tiny/version_{}/checkpoints/last.ckpt"
 def home(tmp_path_factory):
     """A folder with an encoder, a text and a recipe."""
     folder = tmp_path_factory.mktemp("home")
-    make_pretrained("bert", folder / "encoder")
-    make_tokenizer().save_pretrained(str(folder / "encoder"))
-    text = "\n\n".join(" ".join(WORDS[(3 * i + j) % len(WORDS)] for j in range(20)) for i in range(30))
-    (folder / "text.txt").write_text(text)
+    make_home(folder)
     recipe = copy.deepcopy(RECIPE)
     recipe["trainer"]["callbacks"] = [
         callback for callback in recipe["trainer"]["callbacks"] if callback["class_path"] != "ShowSamples"

@@ -190,3 +190,11 @@ def make_scorer_folder(folder: Path, positions: int = 32) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(str(folder))
     return folder
+
+
+def make_home(folder: Path) -> None:
+    """Put an encoder with its tokenizer and a text into a folder, by the names that a recipe gives them."""
+    make_pretrained("bert", folder / "encoder")
+    make_tokenizer().save_pretrained(str(folder / "encoder"))
+    text = "\n\n".join(" ".join(WORDS[(3 * i + j) % len(WORDS)] for j in range(20)) for i in range(30))
+    (folder / "text.txt").write_text(text)
