@@ -76,13 +76,25 @@ class CheckpointFiles(TorchCheckpointIO):
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint and its digest, once the save that takes its place has succeeded."""
+        """Remove a checkpoint and its digest, once the save that takes its place has succeeded; never anything else."""
         self._leaving.add(str(path))
         while self._leaving and not self.failures:
-            leaving = self._leaving.pop()
-            super().remove_checkpoint(leaving)
-            if not is_remote(leaving):
-                digest_file(Path(leaving)).unlink(missing_ok=True)
+            remove(self._leaving.pop())
+
+
+def remove(path: str) -> None:
+    """Remove one checkpoint file and its digest. What has another name, or is a folder, stays, with a warning."""
+    if not path.endswith(".ckpt"):
+        rank_zero_warn(f"{path} is not removed: only files called .ckpt are")
+    elif is_remote(path):
+        files, inner = url_to_fs(path)
+        if files.isfile(inner):
+            files.rm_file(inner)
+    elif Path(path).is_dir():
+        rank_zero_warn(f"{path} is not removed: it is a folder")
+    else:
+        Path(path).unlink(missing_ok=True)
+        digest_file(Path(path)).unlink(missing_ok=True)
 
 
 def not_finite(state: dict[str, Any]) -> list[str]:

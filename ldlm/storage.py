@@ -33,6 +33,7 @@ from ldlm.checkpoints import (
 from ldlm.files import sha256, write_atomically
 from ldlm.generation import Generation
 from ldlm.hub import local_folder
+from ldlm.restoring import CheckedStates
 from ldlm.saving import CheckpointFiles, is_remote, last_checkpoint, not_finite, prepare
 
 __all__ = ["Storage", "last_checkpoint"]
@@ -60,11 +61,12 @@ class Storage(Generation):
         return {"format": FORMAT, "version": ldlm.__version__, "model": model}
 
     def configure_model(self) -> None:
-        """Put our reader and writer of files in the place of Lightning's own; refuse what could never be saved.
+        """Put our reader, writer and checks of files in the place of Lightning's own; refuse what could never be saved.
 
         The hook is the first after callbacks know their folders, and stands before a checkpoint is read.
         """
         trainer = self.trainer
+        CheckedStates.look_at(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else it is the user's choice
             trainer.strategy.checkpoint_io = CheckpointFiles()
         if isinstance(files := trainer.strategy.checkpoint_io, CheckpointFiles):
