@@ -25,6 +25,8 @@ from ldlm.rows import PackedRows, ResumableLoader, RowsInOrder, ShuffledOrder, S
 # What the order of training rests on; the number of ranks and of accumulated batches is not among it.
 FINGERPRINT = ("data", "tokenizer", "sequence_length", "special_tokens", "batch_size", "seed")
 
+DETOKENIZERS: dict[str, Callable[[str], str]] = {"lm1b": lm1b_detokenizer}  # a recipe's names for them
+
 __all__ = ["PackedTextDataModule", "lm1b_detokenizer", "load_tokenizer"]
 
 
@@ -45,7 +47,8 @@ class PackedTextDataModule(L.LightningDataModule):
         split: split of the hub data set to train on.
         revision: its branch, tag or commit.
         config_name: its configuration.
-        detokenize: a named function of a module, applied to each text first, such as `ldlm.data.lm1b_detokenizer`.
+        detokenize: applied to each text first: "lm1b" for the One Billion Word corpus, or a named function of a module,
+            which in a recipe is one that ``--import`` names.
         special_tokens: whether a row begins with [BOS] and ends with [EOS].
         text_unit: what a document of a `.txt` file is: "line", "paragraph" or "document".
         validation_rows: use only so many held-out rows, spread evenly over them.
@@ -72,7 +75,7 @@ class PackedTextDataModule(L.LightningDataModule):
         split: str = "train",
         revision: str | None = None,
         config_name: str | None = None,
-        detokenize: Callable[[str], str] | None = None,
+        detokenize: str | Callable[[str], str] | None = None,
         special_tokens: bool = True,
         text_unit: str = "paragraph",
         validation_rows: int | None = None,
@@ -103,8 +106,7 @@ class PackedTextDataModule(L.LightningDataModule):
             raise ValueError(
                 f"validation={validation} must be a fraction between 0 and 1, or a whole number of documents"
             )
-        if detokenize is not None and not _has_name_and_source(detokenize):
-            raise ValueError(f"detokenize={detokenize!r} must be a function defined by name in a module")
+        detokenize = check_detokenizer(detokenize)
         if is_local(dataset):
             FileCorpus(resolve(dataset), text_column, text_unit)  # found and of a known kind, or refused now
         if isinstance(validation, str) and (is_local(dataset) or looks_like_path(validation)):
@@ -271,6 +273,20 @@ def check_resumed(stored: Mapping[str, object], given: Mapping[str, object], all
                 f"the checkpoint's run has {name} {stored[name]} and this one would go on with {value}: give the same, "
                 f"or insist with PackedTextDataModule(allow_changes=[{name!r}]), --data.allow_changes [{name}]"
             )
+
+
+def check_detokenizer(detokenize: str | Callable[[str], str] | None) -> Callable[[str], str] | None:
+    """What is applied to each text; ValueError if there is none of that name, or its source cannot be told."""
+    if isinstance(detokenize, str):
+        if detokenize not in DETOKENIZERS:
+            raise ValueError(
+                f"detokenize={detokenize!r} must be {' or '.join(map(repr, DETOKENIZERS))}, or a function of a module "
+                "of your own: in a recipe MODULE.FUNCTION, with --import MODULE"
+            )
+        return DETOKENIZERS[detokenize]
+    if detokenize is not None and not _has_name_and_source(detokenize):
+        raise ValueError(f"detokenize={detokenize!r} must be a function defined by name in a module")
+    return detokenize
 
 
 def _has_name_and_source(function: Callable[[str], str]) -> bool:
