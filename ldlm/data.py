@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.corpus import TEXT_UNITS, FileCorpus, is_local, lm1b_detokenizer, looks_like_path, open_corpus
+from ldlm.corpus import (
+    MAX_DOCUMENT_BYTES,
+    TEXT_UNITS,
+    FileCorpus,
+    is_local,
+    lm1b_detokenizer,
+    looks_like_path,
+    open_corpus,
+)
 from ldlm.files import resolve
 from ldlm.packing import VERIFICATIONS, load_tokenizer, open_packed, pack, read_header, tokenizer_digest
 from ldlm.rows import PackedRows, ResumableLoader, RowsInOrder, ShuffledOrder, ShuffledRows, outlive_signals
@@ -54,6 +62,7 @@ class PackedTextDataModule(L.LightningDataModule):
         validation_rows: use only so many held-out rows, spread evenly over them.
         seed: of the batch order.
         verify: "once", packed files are read through the first time this machine meets them; "full", at each start.
+        max_document_bytes: of a text, and of a line of a file; a longer one is an error that names it.
         allow_changes: names in `FINGERPRINT` that a resumed run may change; anything else that differs is refused.
 
     Raises:
@@ -81,6 +90,7 @@ class PackedTextDataModule(L.LightningDataModule):
         validation_rows: int | None = None,
         seed: int = 0,
         verify: str = "once",
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
         allow_changes: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -93,6 +103,10 @@ class PackedTextDataModule(L.LightningDataModule):
             raise ValueError(f"num_workers={num_workers} must be 0 (load in this process) or more")
         if validation_rows is not None and validation_rows < 1:
             raise ValueError(f"validation_rows={validation_rows} must be at least 1, or None for all of them")
+        if max_document_bytes < 1:
+            raise ValueError(
+                f"max_document_bytes={max_document_bytes} must be at least 1, such as {MAX_DOCUMENT_BYTES}"
+            )
         if verify not in VERIFICATIONS:
             raise ValueError(f"verify={verify!r} must be one of {', '.join(VERIFICATIONS)}")
         if text_unit not in TEXT_UNITS:
@@ -118,6 +132,7 @@ class PackedTextDataModule(L.LightningDataModule):
         if unknown := set(allow_changes) - set(FINGERPRINT):
             raise ValueError(f"allow_changes names {sorted(unknown)}, but there are only {', '.join(FINGERPRINT)}")
         self.text_unit, self.validation_rows, self.seed, self.verify = text_unit, validation_rows, seed, verify
+        self.max_document_bytes = max_document_bytes
         self.allow_changes = tuple(allow_changes)
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._names: dict[str, str] = {}
@@ -153,7 +168,13 @@ class PackedTextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Pack the corpus, or verify the files that an earlier run packed from the same things."""
         corpus = open_corpus(
-            self.dataset, self.text_column, self.text_unit, self.split, self.revision, self.config_name
+            self.dataset,
+            self.text_column,
+            self.text_unit,
+            self.split,
+            self.revision,
+            self.config_name,
+            self.max_document_bytes,
         )
         held_out = None if isinstance(self.validation, str) else self.validation
         parts: tuple[str, ...] = ("train",) if held_out is None else ("train", "validation")
@@ -168,6 +189,7 @@ class PackedTextDataModule(L.LightningDataModule):
                 self.split if local else self.validation,
                 self.revision,
                 self.config_name,
+                self.max_document_bytes,
             )
             paths |= pack(
                 other, self.loaded_tokenizer, self.folder, ("validation",), None, self.detokenize, self.verify

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ldlm.files import sha256, sweep, write_atomically
+from ldlm.sizes import check_storages
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -183,7 +184,9 @@ def _unpack(path: Path, source: str) -> Any:
     reason = damage(path)
     if reason is None:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            check_storages(content)
+            return content
         except Exception as error:  # a stranger's bytes can make the reader raise anything
             reason = f"could not be read as a checkpoint ({str(error).partition(chr(10))[0]})"
     other = _newest(file for file in path.parent.glob("*.ckpt") if file != path)
@@ -262,7 +265,8 @@ def _age(path: Path) -> tuple[float, float]:
     """(optimizer step, time of writing); what cannot be read comes first, so that it is told of."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, _ = int(content["global_step"] + 0), (content["ldlm"], content["optimizer_states"])
-        return step, path.stat().st_mtime
+        check_storages(content)
+        step, _ = content["global_step"], (content["ldlm"], content["optimizer_states"])
+        return (step if type(step) is int else math.inf), path.stat().st_mtime
     except Exception:  # a stranger's bytes can make the reader raise anything
         return math.inf, 0.0

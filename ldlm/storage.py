@@ -32,9 +32,10 @@ from ldlm.checkpoints import (
 )
 from ldlm.files import sha256, write_atomically
 from ldlm.generation import Generation
-from ldlm.hub import local_folder
+from ldlm.hub import local_folder, only_the_file
 from ldlm.restoring import CheckedStates
 from ldlm.saving import CheckpointFiles, is_remote, last_checkpoint, not_finite, prepare
+from ldlm.sizes import building_at_most, storage_numbers
 
 __all__ = ["Storage", "last_checkpoint"]
 
@@ -193,9 +194,17 @@ class Storage(Generation):
         source: str,
         device: str | torch.device,
     ) -> Self:
-        """A model from its description, its tensors and its tokenizer."""
-        model = make(cls, about["model"]["init_args"] | {"tokenizer": tokenizer})
-        check_weights(model, state, source)
+        """A model from its description, its tensors and its tokenizer.
+
+        It is made twice: without memory, to be compared with the tensors, and for real once it has their sizes. The
+        second time also fills what is in no file, such as buffers registered with ``persistent=False``.
+        """
+        arguments = about["model"]["init_args"] | {"tokenizer": tokenizer}
+        sizes = len(state), storage_numbers(state.values())
+        with only_the_file():
+            with building_at_most(*sizes, source), torch.random.fork_rng(devices=[]), torch.device("meta"):
+                check_weights(make(cls, arguments), state, source)
+            model = make(cls, arguments)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:  # of a kind that cannot be copied, such as sparse ones

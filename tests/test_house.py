@@ -12,7 +12,7 @@ import pytest
 WING = Path(__file__).parent.parent / "ldlm"
 # Reading order is import order.
 ORDER = [
-    "files", "hub", "noise", "corpus", "rows", "packing", "data",
+    "files", "hub", "sizes", "noise", "corpus", "rows", "packing", "data",
     "layers", "compiling", "encoders", "latents", "schedules", "timesteps", "denoiser", "grids", "samplers", "decoders",
     "scorer", "metrics", "memorisation", "agreement", "saving", "restoring", "checkpoints", "objective", "generation",
     "storage", "optimisation", "guards", "signals", "module", "callbacks", "speed", "cache", "likelihood", "stages",
