@@ -17,6 +17,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from ldlm import __version__
+from ldlm.files import visible
 from ldlm.parsing import Fault, Parser, fail, nearest, numbers
 
 LIGHTNING = {
@@ -165,7 +166,7 @@ def export(words: Sequence[str]) -> None:
     from ldlm.module import LDLM
 
     LDLM.load_from_checkpoint(options.checkpoint).save_pretrained(options.folder)
-    print(f"{options.folder} holds model.safetensors, ldlm.json and the tokenizer's files")
+    print(f"{visible(options.folder)} holds model.safetensors, ldlm.json and the tokenizer's files")
 
 
 def sampling_options(parser: Parser, num_samples: int, batch_size: int) -> None:

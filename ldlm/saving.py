@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from ldlm.files import sha256, sweep, write_atomically
+from ldlm.files import sha256, sweep, visible, write_atomically
 from ldlm.sizes import check_storages
 
 
@@ -64,7 +64,7 @@ class CheckpointFiles(TorchCheckpointIO):
                 raise OSError(told) from error
             if self.failures >= self.tries:
                 raise OSError(f"{told}; as this is save {self.failures} in a row that failed, the run ends") from error
-            rank_zero_warn(f"{told}; training goes on, and ends if {self.tries} saves in a row fail")
+            rank_zero_warn(f"{visible(told)}; training goes on, and ends if {self.tries} saves in a row fail")
         else:
             self.failures = 0
             self._leaving.discard(str(path))
@@ -176,7 +176,8 @@ def read(path: str | Path) -> Any:
         raise ValueError(f"checkpoint {path} does not exist{there}")
     content = _unpack(path, str(path))
     if not digest_file(path.resolve()).exists():
-        rank_zero_warn(f"{path} has no {digest_file(path).name} beside it: the checksums in it alone verified it")
+        name, beside = visible(path), visible(digest_file(path).name)
+        rank_zero_warn(f"{name} has no {beside} beside it: the checksums in it alone verified it")
     return content
 
 
@@ -248,7 +249,7 @@ def last_of_run(trainer: L.Trainer) -> Path | None:
             if isinstance(logger, TensorBoardLogger) and version is None and not callbacks and number.isdecimal():
                 logger._version = int(number)
             return found
-    rank_zero_info(f"there is no whole checkpoint in {place} to go on from: training starts from scratch")
+    rank_zero_info(f"there is no whole checkpoint in {visible(place)} to go on from: training starts from scratch")
     return None
 
 
@@ -257,7 +258,7 @@ def _newest(paths: Iterable[Path]) -> Path | None:
         reason = damage(path) or ("holds no state that training could go on from" if step == math.inf else None)
         if reason is None:
             return path
-        rank_zero_warn(f"{path} {reason}: it is passed over")
+        rank_zero_warn(f"{visible(path)} {visible(reason)}: it is passed over")
     return None
 
 
