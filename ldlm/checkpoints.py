@@ -11,7 +11,6 @@ Nothing is imported on a file's word: `build` takes classes only from modules th
 import inspect
 import json
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ldlm.decoders import TokenDecoder
 from ldlm.denoiser import Denoiser
 from ldlm.encoders import TokenEncoder
+from ldlm.files import leads_out
 from ldlm.grids import TimeGrid
 from ldlm.hub import check_json
 from ldlm.latents import LatentDecoder, LatentEncoder
@@ -100,15 +100,6 @@ def _plain(value: Any, name: str) -> Any:
         f"{name} is a {type(value).__name__}, which a checkpoint cannot describe: arguments of parts are numbers, "
         "strings, lists, dictionaries or other parts"
     )
-
-
-def leads_out(name: str) -> bool:
-    """Whether a name, taken for a path, leads out of the folder that it is looked for in.
-
-    >>> leads_out("/etc"), leads_out("../model"), leads_out("package:name/../../x"), leads_out("./a..b/c")
-    (True, True, True, False)
-    """
-    return os.path.isabs(name) or ".." in re.split(r"[\\/]", name)
 
 
 def build(description: Any) -> Any:

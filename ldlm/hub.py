@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from ldlm.files import resolve, sha256
+from ldlm.files import leads_out, resolve, sha256
 
 LARGEST_JSON = 2**26  # bytes; the tokenizer of Gemma 3, with 262,144 tokens, takes 33 MB
 _closed = ContextVar("closed", default=False)
@@ -42,7 +42,7 @@ def local_folder(model: str, revision: str | None, *patterns: str) -> Path:
             f"to make this model, the file wants model={model!r} to be read, and a file's model is made of the file "
             "alone: it has to give what is to be read there, such as hidden_size and vocab_size of a token encoder"
         )
-    if ".." in (revision or ""):  # no name in git has two dots in a row, and the hub's cache takes it for a path
+    if revision is not None and leads_out(revision):  # the hub's cache takes it for a path
         raise ValueError(f"revision={revision!r} is no branch, tag or commit: give one")
     folder = Path(resolve(model))
     if folder.is_dir():
