@@ -14,7 +14,7 @@ WING = Path(__file__).parent.parent / "ldlm"
 ORDER = [
     "files", "hub", "noise", "corpus", "rows", "packing", "data",
     "layers", "compiling", "encoders", "latents", "schedules", "timesteps", "denoiser", "grids", "samplers", "decoders",
-    "scorer", "metrics", "memorisation", "agreement", "saving", "checkpoints", "objective", "generation", "storage",
+    "scorer", "metrics", "memorisation", "agreement", "saving", "checkpoints", "resuming", "objective", "generation", "storage",
     "optimisation", "guards", "signals", "module", "callbacks", "speed", "cache", "likelihood", "stages", "figures",
     "watch", "scoring", "testing", "texts", "parsing", "recipes", "cli", "training", "__main__",
 ]  # fmt: skip
