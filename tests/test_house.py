@@ -15,8 +15,8 @@ ORDER = [
     "files", "hub", "noise", "corpus", "rows", "packing", "data",
     "layers", "compiling", "encoders", "latents", "schedules", "timesteps", "denoiser", "grids", "samplers", "decoders",
     "scorer", "metrics", "memorisation", "agreement", "saving", "checkpoints", "resuming", "objective", "generation",
-    "storage", "optimisation", "guards", "signals", "module", "callbacks", "speed", "cache", "likelihood", "stages", "figures",
-    "watch", "scoring", "testing", "texts", "parsing", "recipes", "cli", "training", "__main__",
+    "storage", "optimisation", "guards", "signals", "module", "callbacks", "speed", "cache", "likelihood", "stages",
+    "figures", "watch", "scoring", "testing", "texts", "parsing", "recipes", "cli", "training", "__main__",
 ]  # fmt: skip
 # The second wing measures what the first makes; of the first, only the command knows it.
 LAB_ORDER = [
