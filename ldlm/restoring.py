@@ -90,7 +90,8 @@ class CheckedStates(_CheckpointConnector):
                 check_each("lr_schedulers", checkpoint, [scheduler.state_dict() for scheduler in schedulers])
                 check_each("optimizer_states", checkpoint, [options(own) for own in trainer.optimizers])
                 for state, own in zip(checkpoint["optimizer_states"], trainer.optimizers, strict=True):
-                    check_moments(state["state"], own)
+                    count = sum(len(group["params"]) for group in state["param_groups"])
+                    check_moments(state["state"], count, own)
             super().restore_training_state()
         if trainer.training and checkpoint and checkpoint.get("global_step") != trainer.global_step:
             raise wrong("global_step", checkpoint.get("global_step"), f"its loops' own {trainer.global_step}")
@@ -196,15 +197,22 @@ def options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**optimizer.state_dict(), "state": {}, "param_groups": groups}
 
 
-def check_moments(states: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+def check_moments(states: dict[int, dict[str, Any]], count: int, optimizer: torch.optim.Optimizer) -> None:
     """Compare the tensors that an optimizer keeps for each parameter with the parameters.
 
     A fused step reads as many numbers of each tensor as the parameter has, whatever the tensor's own shape.
+
+    Args:
+        states: By the parameter's number.
+        count: Parameters that the states are of.
+        optimizer: What they are for.
 
     Raises:
         ValueError: If a parameter is unknown, or a tensor of Adam's has another shape than it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if count != len(parameters):
+        return  # which torch, or `optimisation.keep_options`, says in its own words
     for index, state in states.items():
         name = f"optimizer_states.{index}"
         if not isinstance(index, int) or not 0 <= index < len(parameters):
