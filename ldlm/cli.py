@@ -10,11 +10,15 @@ and nothing heavy is imported before one is known to need it.
 import argparse
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from types import ModuleType
+from typing import Any, ClassVar
 
 from ldlm import __version__
 from ldlm.files import visible
@@ -36,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # what a command starts is not to look into the current folder for Python's own modules either
         os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if NamedModules not in sys.meta_path:
+        sys.meta_path.append(NamedModules)
     try:
         words = import_modules(words)
         command = words[0] if words else "--help"
@@ -86,33 +92,36 @@ def import_modules(words: list[str]) -> list[str]:
             continue
         name = word.partition("=")[2] or next(queue, "")
         try:
-            with current_folder_last():
-                importlib.import_module(name)
+            NamedModules.take(f"{name}.")
+            importlib.import_module(name)
         except (ImportError, ValueError) as error:
             raise Fault(f"--import {name}: {error}; it is looked for in the current folder, too") from error
         IMPORTED.append(name)
     return rest
 
 
-@contextmanager
-def current_folder_last() -> Iterator[None]:
-    """Let modules be found in the current folder, after all others; it stays there if one of them was.
+class NamedModules(MetaPathFinder):
+    """Finds modules in the current folder, if the user has named them and they are nowhere else.
 
-    A user's ``my_encoder.py`` is there. So may be a ``yaml.py`` that came with a downloaded model: the folder is on the
-    path only while modules are imported that the user has named.
+    A user's ``my_encoder.py`` is there. So may be, in a folder that was downloaded, a module of any name that some
+    package looks for. The first that is found so puts the folder at the end of the path, for what it imports itself.
     """
-    here, before = os.getcwd(), {*sys.modules}
-    if here in sys.path:
-        yield
-        return
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        found = {name: vars(sys.modules[name]).get("__file__") for name in {*sys.modules} - before}
-        places = {name: os.path.join(here, *name.split(".")) for name in found}
-        if not any(found[name] in (f"{stem}.py", os.path.join(stem, "__init__.py")) for name, stem in places.items()):
-            sys.path.remove(here)
+
+    names: ClassVar[set[str]] = set()
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        """The module's place in the current folder; None for modules in packages, and for those that nobody named."""
+        here = os.getcwd()
+        spec = PathFinder.find_spec(name, [here]) if path is None and name in cls.names else None
+        if spec is not None and here not in sys.path:
+            sys.path.append(here)
+        return spec
+
+    @classmethod
+    def take(cls, text: str) -> None:
+        """Note the modules that a user's words or recipe may name, as the first part of a name with dots."""
+        cls.names.update(re.findall(r"(?<![\w.])([^\W\d]\w*)(?=\.)", text))
 
 
 def presets(words: Sequence[str]) -> None:

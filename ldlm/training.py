@@ -49,7 +49,7 @@ from ldlm import (
 from ldlm.agreement import check_encoder
 from ldlm.callbacks import DiffusionToEncoderWarmup
 from ldlm.checkpoints import read_checkpoint
-from ldlm.cli import IMPORTED, current_folder_last, recipe_file
+from ldlm.cli import IMPORTED, NamedModules, recipe_file
 from ldlm.data import PackedTextDataModule, check_detokenizer, load_tokenizer
 from ldlm.module import LDLM
 from ldlm.packing import name_tokenizer, tokenizer_digest
@@ -89,6 +89,7 @@ def load_yaml(text: str) -> Any:
         check(text)
     except ValueError as error:
         raise ValueError(f"the value or file that begins with {text[:40]!r} cannot be read as YAML: {error}") from None
+    NamedModules.take(text)
     return get_loader("yaml")(text)
 
 
@@ -201,8 +202,9 @@ class LDLMCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read words and recipes, whose classes may be in the current folder."""
-        with current_folder_last():
-            super().parse_arguments(parser, args)
+        for word in args:
+            NamedModules.take(word)
+        super().parse_arguments(parser, args)
         data = self.config[self.config.subcommand].data
         data.detokenize = find_detokenizer(data.detokenize)
 
