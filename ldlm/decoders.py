@@ -132,6 +132,8 @@ class TransformerTokenDecoder(TokenDecoder):
         sequence_length: Tokens a row, n; used for ``learned_positions`` alone.
     """
 
+    positions: nn.Parameter | None
+
     def __init__(
         self,
         hidden_size: int = 768,

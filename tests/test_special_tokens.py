@@ -119,9 +119,14 @@ def test_documents_of_real_tokenizers_stay_apart_and_bert_s_marks_become_the_sco
     assert next(iter(boundary_tokens(bert_tokenizer).values())) == stop
 
 
-def test_what_is_packed_for_measurements_are_the_documents_of_the_reference():
+def test_what_is_measured_is_packed_from_the_documents_of_the_reference(here):
     texts = Texts([["", "word1 word2", " "], ["word3", "word4"]])
     assert texts.whole == ["word1 word2", "word3", "word4"]
+    lines = [{"text": "word1 word2 word3", "documents": ["", "word1 word2", "word3", ""]}] * 12
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = evaluate("model", *SAMPLING, "--reference", "rows.jsonl", "--measure")["measurements"]["model"]
+    rows = 12 * (3 + 2) // (LENGTH - 2 * found["framed"])  # each document's end is a token
+    assert found["rows"] == rows
 
 
 def test_a_text_in_a_report_has_its_own_perplexity_and_entropy(here):

@@ -1,7 +1,7 @@
 """What ``ldlm evaluate`` does: models and files of samples scored over numbers of denoiser calls, measured and drawn.
 
 In: models or files of samples, a scorer, perhaps real texts. Out: a table, a file of JSON, figures.
-Paper: section 8 and Fig. 1, App. D (Tables 8 and 9); with ``--measure`` also Fig. 3 left, Fig. 4 and Fig. 5.
+Paper: section 8 and Fig. 1, App. D (Tables 8 and 9); with ``--measure`` also Fig. 3 left and Fig. 5.
 """
 
 import argparse
