@@ -44,6 +44,7 @@ FILES = {
     "words.jsonl": b'{"text": "word1", "ids": ["word1"]}',
     "huge.jsonl": b'{"text": "word1", "ids": [99999999999999999999]}',
     "split.jsonl": b'{"text": "word1", "documents": ["word1", 2]}',
+    "edited.jsonl": b'{"text": "word1", "documents": ["word1"]}\n{"text": "word2", "documents": ["word1"]}',
     "unsplit.jsonl": b'{"text": "word1", "documents": []}',
     "one.txt": b"word1",
 }
@@ -112,7 +113,8 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         ("words.jsonl", "words.jsonl: text 1 has no list of token ids"),
         ("huge.jsonl", "huge.jsonl: text 1 has no list of token ids"),
         ("split.jsonl", "split.jsonl: text 1 has no list of texts as 'documents'"),
-        ("unsplit.jsonl", "unsplit.jsonl: text 1 has no list of texts as 'documents'"),
+        ("unsplit.jsonl", "unsplit.jsonl: text 1 is not its 'documents', joined by blanks; mend or drop these"),
+        ("edited.jsonl", "edited.jsonl: text 2 is not its 'documents', joined by blanks; mend or drop these"),
         ("model ./model", "./model is given twice"),
         ("samples.jsonl none.jsonl", "there is no file none.jsonl"),
         ("real.jsonl --reference empty.jsonl", "empty.jsonl holds no texts"),

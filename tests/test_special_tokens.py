@@ -129,6 +129,14 @@ def test_what_is_measured_is_packed_from_the_documents_of_the_reference(here):
     assert found["rows"] == rows
 
 
+def test_texts_with_special_tokens_beside_a_reference_without_are_warned_of_where_they_count(here, capsys):
+    for protocol, warned in (("mdlm", True), ("plain", False)):
+        result = evaluate("model", *SAMPLING, "--reference", "real.jsonl", "--protocol", protocol)
+        assert (result["special_tokens_per_text"] > 0, result["reference"]["special_tokens_per_text"]) == (True, 0)
+        assert ("warning" in result["perplexity"]) == warned
+        assert ("one has special tokens between documents" in " ".join(capsys.readouterr().out.split())) == warned
+
+
 def test_a_text_in_a_report_has_its_own_perplexity_and_entropy(here):
     (here / "two.txt").write_text("word1 word2 word1\n\nword3")
     evaluate("two.txt", "--protocol", "plain", "--report", "page.html")

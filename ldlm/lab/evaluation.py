@@ -101,7 +101,8 @@ def read_texts(name: str, count: int | None = None, column: str = "text") -> Tex
     JSON lines that `LDLM.to_lines` made say what their ids and documents are; those of others may have either.
 
     Raises:
-        ValueError: If the file is not there, has no texts or is of another kind, or only some lines have such a field.
+        ValueError: If the file is not there, has no texts or is of another kind, if only some lines have such a field,
+            or if documents are not the text.
     """
     path = Path(resolve(name))
     if not path.is_file():
@@ -122,13 +123,18 @@ def read_texts(name: str, count: int | None = None, column: str = "text") -> Tex
         if all(value is None for value in found):
             return None
         for number, value in enumerate(found, start=1):
-            if not isinstance(value, list) or not value or not all(map(fits, value)):
+            if not isinstance(value, list) or not all(map(fits, value)):
                 told = f"{name}: text {number} has no list of {what} as {field!r}, but others do; mend or drop it"
                 raise ValueError(told)
         return found
 
     ids = values(id_field, "token ids", lambda token: type(token) is int and 0 <= token < 2**63)
     documents = values(document_field, "texts", lambda document: isinstance(document, str))
+    for number, (text, parts) in enumerate(zip(texts, documents or [], strict=False), start=1):
+        if not parts or join_documents(parts) != text:  # edited since, or a field of another meaning
+            raise ValueError(
+                f"{name}: text {number} is not its {document_field!r}, joined by blanks; mend or drop these"
+            )
     return Texts(documents or [[text] for text in texts], ids, plain=documents is None)
 
 

@@ -43,6 +43,7 @@ from ldlm.scorer import Scorer, find_protocol, load_scorer
 from ldlm.texts import GRIDS, SAMPLERS, find_device, named, sample
 
 SHOWN = 36  # texts of a source in a report
+UNLIKE = "Of the texts and the reference, one has special tokens between documents: compare them by --protocol plain"
 
 
 def write_scores(options: argparse.Namespace) -> None:
@@ -185,10 +186,13 @@ class Sweep:
         shown = self.samples[about["name"]] = [{"generated": text} for text in measure.shown(sets[0], read[0], SHOWN)]
         for row, text in zip(shown, beside, strict=False):
             row["real"] = text
-        scorer, protocol = self.scorer, find_protocol(measure.protocol)
+        scorer, protocol, scores = self.scorer, find_protocol(measure.protocol), measure.scores(sets, read, real)
+        marks = "special_tokens_per_text"
+        if protocol.special_tokens and reference and bool(scores[marks]) != bool(reference[marks]):
+            scores["perplexity"]["warning"] = UNLIKE
         return {
             "source": about,
-            **measure.scores(sets, read, real),
+            **scores,
             "reference": reference,
             "protocol": {"name": measure.protocol, "definition": protocol.definition},
             "scorer": {"name": short(scorer.name), "sha256": scorer.sha256, "dtype": scorer.dtype}
