@@ -51,7 +51,7 @@ def bare() -> None:
 def scored() -> None:
     """All that an evaluation does with the same rows, but for MAUVE's clustering."""
     measure = Measure(scorer, "plain", None, None, "")
-    one = Texts(texts)
+    one = Texts([[text] for text in texts])
     measure.scores([one], [measure.read(one, features=True)])
 
 

@@ -236,7 +236,7 @@ def evaluate(words: Sequence[str]) -> None:
     parser.add_argument("--scorer", default="gpt2-large", help="hub id, folder or .gguf file (default: gpt2-large)")
     parser.add_argument("--protocol", default="mdlm", help="mdlm (default), plain, hf_mean, tencdm or flow_matching")
     parser.add_argument("--max_length", type=int, help="scorer's tokens read of a text (default: its context)")
-    parser.add_argument("--tokenizer", help="whose ids entropy is over, where a file gives none (the scorer's)")
+    parser.add_argument("--tokenizer", help="whose ids and special tokens a file has that says neither (the scorer's)")
     parser.add_argument("--output", help="file of JSON to write, with all that is needed to repeat this")
     parser.add_argument("--report", help="page (.html) to write, that stands alone: tables, figures, texts")
     parser.add_argument("--figures", metavar="FOLDER", help="folder for figures, each as .png and .pdf")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldlm.encoders import TokenEncoder
-from ldlm.layers import TransformerBlock, check_layers, initialise
+from ldlm.layers import TransformerBlock, check_layers, initialise, sinusoids
 
 # Positions whose logits are held at once: 2,048 x 50,257 in float32 is 412 MB.
 CHUNK = 2048
@@ -126,20 +126,45 @@ class TransformerTokenDecoder(TokenDecoder):
         vocab_size: Vocabulary size v.
         layers: Number of blocks.
         heads: Attention heads; must divide ``hidden_size``.
+        learned_positions: Add an embedding of its position to each hidden state. Contextual hidden states carry their
+            positions and the paper's 66M leave no room for more; where static embeddings are the latents (Table 2),
+            nothing else tells these blocks the order of the tokens.
+        sequence_length: Tokens a row, n; used for ``learned_positions`` alone.
     """
 
-    def __init__(self, hidden_size: int = 768, vocab_size: int = 50257, layers: int = 3, heads: int = 12) -> None:
+    positions: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        vocab_size: int = 50257,
+        layers: int = 3,
+        heads: int = 12,
+        learned_positions: bool = False,
+        sequence_length: int = 128,
+    ) -> None:
         super().__init__(hidden_size, vocab_size)
         check_layers(layers)
         self.layers = layers
         self.heads = heads
+        self.learned_positions = learned_positions
+        self.sequence_length = sequence_length
         self.blocks = nn.Sequential(*(TransformerBlock(hidden_size, heads, gated=True) for _ in range(layers)))
         self.norm = nn.LayerNorm(hidden_size)
         self.blocks.apply(initialise)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(hidden_size))
         nn.init.zeros_(self.head.bias)
+        positions = nn.Parameter(sinusoids(torch.arange(sequence_length), hidden_size)) if learned_positions else None
+        self.register_parameter("positions", positions)
 
     def features(self, hidden: Tensor) -> Tensor:
-        """[b n h] -> [b n h]."""
+        """[b n h] -> [b n h]; ValueError if n is not the number of learned positions."""
+        if self.positions is not None:
+            if hidden.shape[1] != self.sequence_length:
+                raise ValueError(
+                    f"the token decoder has sequence_length={self.sequence_length} learned positions for rows of "
+                    f"{hidden.shape[1]} tokens: give it the model's sequence_length"
+                )
+            hidden = hidden + self.positions
         out: Tensor = self.norm(self.blocks(hidden))
         return out

@@ -4,8 +4,8 @@ In: how many texts, with how many calls of the denoiser. Out: token ids [b n], o
 Paper: section 4.3 (sampling; no noise is added before decoding), App. C: neither token encoder nor latent encoder runs.
 """
 
-from collections.abc import Iterator
-from typing import Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,45 @@ from ldlm.grids import TimeGrid
 from ldlm.noise import generator
 from ldlm.objective import JointObjective
 from ldlm.samplers import OnStep, Sampler
+
+# Special tokens that stand between documents or around a row; what ends a document comes first.
+BOUNDARIES = ("eos_token", "sep_token", "bos_token", "cls_token", "pad_token")
+
+
+def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokenizer's special tokens that begin, end or pad documents, and their ids."""
+    tokens = tokenizer.special_tokens_map
+    return {tokens[name]: tokenizer.convert_tokens_to_ids(tokens[name]) for name in BOUNDARIES if name in tokens}
+
+
+def split_documents(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[list[str]]:
+    """The documents of each row of token ids, as texts: what stands before, between and after its `boundary_tokens`.
+
+    A row with k of them has k + 1 documents, empty ones among them: nothing is lost. Other special tokens, such as the
+    unknown one, are left out.
+    """
+    marks, split = set(boundary_tokens(tokenizer).values()), []
+    for row in rows:
+        documents: list[list[int]] = [[]]
+        for token in row:
+            if token in marks:
+                documents.append([])
+            else:
+                documents[-1].append(token)
+        split.append(tokenizer.batch_decode(documents, skip_special_tokens=True))
+    return split
+
+
+def join_documents(documents: Sequence[str], boundary: str | None = None) -> str:
+    """One text of documents: with ``boundary`` between any two; None for a blank, empty ones and outer blanks gone."""
+    if boundary is not None:
+        return boundary.join(documents)
+    return " ".join(stripped for document in documents if (stripped := document.strip()))
+
+
+def scored_fields(column: str) -> tuple[str, str]:
+    """The names under which a line of JSON has the token ids, special ones among them, and documents of a column."""
+    return ("ids", "documents") if column == "text" else (f"{column}_ids", f"{column}_documents")
 
 
 class Generation(JointObjective):
@@ -114,13 +153,29 @@ class Generation(JointObjective):
         tokens = self.sample_tokens(num_samples, nfe, sampler, grid, seed, batch_size, temperature)
         return self.to_text(tokens)
 
-    def to_text(self, tokens: Tensor, special_tokens: bool = False) -> list[str]:
-        """Token ids [b n] -> texts, without special tokens and without blanks at either end, or as they are with both.
+    def to_text(self, tokens: Tensor, boundary: str | None = None) -> list[str]:
+        """Token ids [b n] -> texts.
+
+        Args:
+            tokens: Rows of token ids.
+            boundary: What stands for each special token that begins, ends or pads a document, as in `join_documents`.
 
         Raises:
             ValueError: If the model was made without a tokenizer.
         """
+        return [join_documents(documents, boundary) for documents in self.to_documents(tokens)]
+
+    def to_documents(self, tokens: Tensor) -> list[list[str]]:
+        """Token ids [b n] -> the documents of each row, as `split_documents` gives them; errors as in `to_text`."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer to make text with: give LDLM(tokenizer=...)")
-        texts: list[str] = self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=not special_tokens)
-        return texts if special_tokens else [text.strip() for text in texts]
+        return split_documents(self.tokenizer, tokens.tolist())
+
+    def to_lines(self, tokens: Tensor, column: str = "text") -> list[dict[str, Any]]:
+        """Token ids [b n] as JSON lines that ``ldlm evaluate`` scores as it scores the rows; errors as in `to_text`.
+
+        Each has a text to read as ``column``, and by the names of `scored_fields` what scores are computed from.
+        """
+        ids, documents = scored_fields(column)
+        pairs = zip(self.to_documents(tokens), tokens.tolist(), strict=True)
+        return [{column: join_documents(split), ids: row, documents: split} for split, row in pairs]

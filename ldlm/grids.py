@@ -1,5 +1,7 @@
-"""Time grids: where between noise and latents a sampler calls the denoiser (the paper's App. C: uniform in t).
+"""Time grids: where between noise and latents a sampler calls the denoiser.
 
+The paper does not say where (§4.3 and App. C name the solver alone); uniform in t down to 0.01 is TEncDM's, by the same
+authors.
 In: a number of calls N, a schedule, perhaps adapted timesteps. Out: times t_0 = 1 > t_1 > … > t_N = t_min, float64.
 """
 

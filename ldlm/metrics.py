@@ -1,7 +1,7 @@
 """Measures of generated text: perplexity under a scorer, unigram entropy, n-gram diversity, MAUVE.
 
 In: texts, rows of token ids, or features of texts. Out: torchmetrics, which add up over batches and over ranks.
-Paper: section 5 and App. E. Entropies and log-likelihoods are in nats.
+Paper: section 6 and App. E. Entropies and log-likelihoods are in nats.
 """
 
 import os
@@ -91,7 +91,10 @@ class GenerativePerplexity(_PerText):
         if not 2 <= self.max_length <= scorer.context:
             raise ValueError(f"max_length={max_length} must be from 2 to {scorer.context}, {scorer.name}'s context")
         self.bos, self.eos = scorer.tokenizer.bos_token_id, scorer.tokenizer.eos_token_id
-        for name, needed, token in [("BOS", self.protocol.bos, self.bos), ("EOS", self.protocol.mdlm_eos, self.eos)]:
+        for name, needed, token in [
+            ("BOS", self.protocol.bos, self.bos),
+            ("EOS", self.protocol.special_tokens, self.eos),
+        ]:
             if needed and token is None:
                 raise ValueError(f"protocol={protocol!r} needs {name}, which {scorer.name} has not; 'plain' needs none")
         if keep_features and self.protocol.bos:
@@ -125,7 +128,7 @@ class GenerativePerplexity(_PerText):
         if not pairs.isfinite().all():
             raise ValueError(f"scorer {self.scorer.name!r} gives logits that are not finite: load it in float32")
         self.skipped += int((pairs[:, 1] == 0).sum())
-        self.scores.append(pairs[pairs[:, 1] > 0].to(self.device))
+        self.scores.append(pairs.to(self.device))
         if self.keep_features:
             self.hidden.append(hidden.to(self.device))
 
@@ -138,10 +141,16 @@ class GenerativePerplexity(_PerText):
         return scored
 
     @property
-    def per_text(self) -> Tensor:
-        """Nats and scored tokens of each text that was scored, float64 [num 2]."""
+    def every_text(self) -> Tensor:
+        """Nats and scored tokens of each text, in their order, zeros for one that was skipped; float64 [num 2]."""
         scores: Tensor = dim_zero_cat(self.scores)
         return scores
+
+    @property
+    def per_text(self) -> Tensor:
+        """Nats and scored tokens of each text that was scored, float64 [num 2]."""
+        scores = self.every_text
+        return scores[scores[:, 1] > 0]
 
     @property
     def features(self) -> Tensor:
@@ -158,10 +167,11 @@ class GenerativePerplexity(_PerText):
 class UnigramEntropy(_PerText):
     """Mean over texts of the entropy, in nats, of the frequencies of token ids within a text (App. E).
 
+    Special tokens count: only with them do the texts of Fig. 7 have the entropies that are printed above them.
     Count: ``empty`` texts have no ids besides the ignored ones, and are not averaged over.
 
     Args:
-        ignore: Ids to leave out, such as a tokenizer's ``all_special_ids``.
+        ignore: Ids to leave out, for a comparison with entropies that leave some out, such as padding.
     """
 
     entropies: list[Tensor]

@@ -1,8 +1,9 @@
 """Rows read from a flat file of tokens, and the order in which ranks and steps get them.
 
 In: the path of packed tokens and a row length; a seed and an optimizer step. Out: int64 tokens [n] or [b n]; indices.
-App. C "Data preprocessing": fixed-length chunks of one stream, no padding, batches of 512 rows over all devices. The
-order has no state: it is a pure function of (seed, step), so a run goes on from any step and on any number of ranks.
+App. C: fixed-length chunks of one stream without padding ("Data preprocessing"), batches of 512 rows ("Optimization"),
+here over all devices. The order has no state: it is a pure function of (seed, step), so a run goes on from any step and
+on any number of ranks.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""From noise to latents: samplers (the paper's §3 and App. C; Euler–Maruyama is the paper's).
+"""From noise to latents: samplers (the paper's §4.3 and App. C; Euler–Maruyama is the paper's).
 
 In: Gaussian noise [b m d], which is z at t = 1, a denoiser and a schedule. Out: predicted clean latents [b m d].
 

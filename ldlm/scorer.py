@@ -1,7 +1,7 @@
 """Scorers, the causal language models that texts are scored with, and the protocols by which peers score.
 
 In: the name of a model; texts, or rows of its token ids. Out: nats of each token, features of each text [num h].
-Paper: section 5, whose generative perplexity is gpt2-large's. Published numbers follow one of five protocols.
+Paper: section 6, whose generative perplexity is gpt2-large's. Published numbers follow one of five protocols.
 """
 
 import difflib
@@ -212,7 +212,8 @@ class Protocol:
         reduce: From texts' scores [... num 2], (nats, tokens), to perplexity [...].
         bos: Whether the scorer's BOS is put before each text, so that its first token is scored.
         mdlm_eos: Whether end-of-text tokens are padded and left out as MDLM does.
-        special_tokens: Whether the generating model's special tokens stay in the texts.
+        special_tokens: Whether the special tokens that begin, end or pad documents stay in the texts, as the scorer's
+            end-of-text token. In whatever is scored, of a model, a file or a reference, they do, or they do not.
     """
 
     definition: str
@@ -225,24 +226,29 @@ class Protocol:
         """Tokens the scorer reads of a model's text; MDLM reads as many as its models write. None for its context."""
         return min(sequence_length, scorer.context) if self.mdlm_eos else None
 
+    def boundary(self, scorer: Scorer) -> str | None:
+        """What stands for special tokens between documents: the scorer's end-of-text; None where they are removed."""
+        return str(scorer.tokenizer.eos_token) if self.special_tokens else None
+
 
 PROTOCOLS = {
     "plain": Protocol(
-        "exp of the mean over all scored tokens; texts without the model's special tokens; no BOS, so that a text's "
-        "first token is context only",
+        "exp of the mean over all scored tokens; texts without special tokens, a blank between documents; no BOS, so "
+        "that a text's first token is context only",
         _over_tokens,
     ),
     "mdlm": Protocol(
-        "exp of the mean over all scored tokens; texts with the model's special tokens; no BOS, so that a text's first "
-        "token is context only; of the end-of-text tokens in a text only the first is scored, text after it is scored; "
-        "texts are padded with end-of-text to the longest given together, so a shorter text that has none gets one",
+        "exp of the mean over all scored tokens; texts with the special tokens between documents, as the scorer's "
+        "end-of-text; no BOS, so that a text's first token is context only; of the end-of-text tokens in a text only "
+        "the first is scored, text after it is scored; texts are padded with end-of-text to the longest given "
+        "together, so a shorter text that has none gets one",
         _over_tokens,
         mdlm_eos=True,
         special_tokens=True,
     ),
     "hf_mean": Protocol(
-        "mean over texts of exp of the mean over a text's tokens; texts without the model's special tokens; BOS before "
-        "each text, so that all its tokens are scored",
+        "mean over texts of exp of the mean over a text's tokens; texts without special tokens, a blank between "
+        "documents; BOS before each text, so that all its tokens are scored",
         _over_texts,
         bos=True,
     ),
@@ -252,8 +258,9 @@ PROTOCOLS = {
         bos=True,
     ),
     "flow_matching": Protocol(
-        "mean over texts of exp of the mean over a text's tokens but the first; texts with the model's special tokens, "
-        "end-of-text scored like any other; texts are tokenised again, where the original scores the model's ids",
+        "mean over texts of exp of the mean over a text's tokens but the first; texts with the special tokens between "
+        "documents, as the scorer's end-of-text, scored like any other; texts are tokenised again, where the original "
+        "scores the model's ids",
         _over_texts,
         special_tokens=True,
     ),

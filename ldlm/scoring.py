@@ -1,7 +1,7 @@
 """Scores of generated texts while a model trains.
 
 In: a Trainer and its LDLM, the name of a scorer. Out: numbers to log, and to choose checkpoints by.
-Paper: section 5 (the metrics), with a small budget of samples.
+Paper: section 6 (the metrics), with a small budget of samples.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from ldlm.scorer import Scorer, find_protocol, load_scorer
 class ScoreSamples(L.Callback):
     """Generates texts after validations and logs what they score, by the metrics of ``ldlm evaluate``.
 
-    ``validation/generative_perplexity``, ``validation/entropy`` (nats, over the model's ids less special ones) and
+    ``validation/generative_perplexity``, ``validation/entropy`` (nats, over all of the model's ids) and
     ``validation/diversity``. They are the same on all ranks, so that a checkpoint may be chosen by one.
 
     Args:
@@ -67,16 +67,15 @@ class ScoreSamples(L.Callback):
     def _scores(self, trainer: L.Trainer, model: LDLM, scorer: Scorer) -> dict[str, float]:
         with trainer.precision_plugin.forward_context():
             tokens = model.sample_tokens(self.num_samples, self.nfe, seed=self.seed, batch_size=self.num_samples)
-        texts, special_tokens = model.to_text(tokens), self._definition.special_tokens
         length = self._definition.limit(model.sequence_length, scorer)
         perplexity, diversity = GenerativePerplexity(scorer, self.protocol, max_length=length), NGramDiversity()
-        entropy = UnigramEntropy(model.tokenizer.all_special_ids if model.tokenizer else ())
+        entropy = UnigramEntropy()
         metrics = {"generative_perplexity": perplexity, "entropy": entropy, "diversity": diversity}
         for metric in metrics.values():
             metric.distributed_available_fn = None  # the other ranks have no texts to add, and would be waited for
-        perplexity.update(model.to_text(tokens, special_tokens) if special_tokens else texts)
+        perplexity.update(model.to_text(tokens, self._definition.boundary(scorer)))
         entropy.update(tokens)
-        diversity.update(texts)
+        diversity.update(model.to_text(tokens))
         return {name: metric.compute().item() for name, metric in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -101,7 +101,8 @@ class TokenDecoderStage(LDLM):
 
     Args:
         checkpoint: A ``.ckpt`` file of an `LDLM`: its token encoder, latent encoder and denoiser are kept, frozen.
-        layers: Transformer layers straight from latents to tokens; 0 for the linear head alone (App. C).
+        layers: Transformer layers straight from latents to tokens, with learned positions if the checkpoint's token
+            decoder has them; 0 for the linear head alone (App. C).
         heads: Their attention heads.
         token_decoder: A decoder of another kind, in place of those layers.
         latent_decoder: What the token decoder reads; None for the latents themselves, of which there must be one a
@@ -151,7 +152,11 @@ class TokenDecoderStage(LDLM):
         latent_decoder = latent_decoder or IdentityDecoder(d, n)
         h, v = latent_decoder.hidden_size, old.token_decoder.vocab_size
         if token_decoder is None:
-            token_decoder = TransformerTokenDecoder(h, v, layers, heads) if layers else LinearTokenDecoder(h, v)
+            before = old.token_decoder
+            positions = isinstance(before, TransformerTokenDecoder) and before.learned_positions
+            token_decoder = (
+                TransformerTokenDecoder(h, v, layers, heads, positions, n) if layers else LinearTokenDecoder(h, v)
+            )
         super().__init__(
             old.token_encoder,
             old.latent_encoder,

@@ -1,7 +1,7 @@
 """What ``ldlm generate`` does: texts from noise, streamed to the terminal or to a file.
 
-In: a checkpoint, an exported folder or a hub id. Out: texts on standard output, or JSON lines in a file (index, text,
-and the text's ids without special tokens).
+In: a checkpoint, an exported folder or a hub id. Out: texts on standard output, or JSON lines in a file: index, text,
+and what an evaluation reads of it besides, its token ids and its documents (`LDLM.to_lines`).
 Paper: section 4.3 (sampling) and App. C: neither token encoder nor latent encoder is used.
 """
 
@@ -101,12 +101,6 @@ def sample(
         yield from model.sample_batches(count, nfe, sampler, grid, seed, size, options.temperature, advance)
 
 
-def without_specials(model: LDLM, tokens: Tensor) -> list[list[int]]:
-    """The ids of each row [b n] that are not special tokens, on which entropy is measured."""
-    specials = set(model.tokenizer.all_special_ids) if model.tokenizer else set()
-    return [[token for token in row if token not in specials] for row in tokens.tolist()]
-
-
 def prepare(options: argparse.Namespace) -> tuple[LDLM, Sampler | None, TimeGrid | None]:
     """The model on its device, the sampler and the grid that options name; what can be checked before loading is."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -133,11 +127,11 @@ def write_batches(model: LDLM, batches: Iterable[Tensor], options: argparse.Name
         file = stack.enter_context(write_atomically(options.output)) if options.output else None
         number = 0
         for tokens in batches:
-            for text, ids in zip(model.to_text(tokens), without_specials(model, tokens), strict=True):
+            for row in model.to_lines(tokens):
                 if file is None:
-                    print(f"[{number}] {visible(text)}\n", flush=True)
+                    print(f"[{number}] {visible(row['text'])}\n", flush=True)
                 else:
-                    line = json.dumps({"index": number, "text": text, "ids": ids}, ensure_ascii=False)
+                    line = json.dumps({"index": number, **row}, ensure_ascii=False)
                     file.write(f"{line}\n".encode())
                 number += 1
     if options.output:

@@ -191,7 +191,7 @@ class LDLMCLI(LightningCLI):
         parser.link_arguments("sequence_length", "model.sequence_length")
         parser.link_arguments("tokenizer", "model.tokenizer")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        for part in ("latent_encoder", "latent_decoder"):
+        for part in ("latent_encoder", "latent_decoder", "token_decoder"):
             parser.link_arguments("sequence_length", f"model.{part}.init_args.sequence_length")
         for part in ("latent_encoder", "latent_decoder", "denoiser"):
             parser.link_arguments(

@@ -171,7 +171,7 @@ class ShowSamples(L.Callback):
 
 
 class ReconstructionWriter(L.Callback):
-    """Writes what ``ldlm predict`` makes: each row's text and its reconstruction, as JSON lines.
+    """Writes what ``ldlm predict`` makes: each row and its reconstruction, as the JSON lines of `LDLM.to_lines`.
 
     Args:
         path: File to write; with several ranks each adds its number to the name.
@@ -192,8 +192,8 @@ class ReconstructionWriter(L.Callback):
     ) -> None:
         """Collect one batch."""
         model = as_ldlm(pl_module)
-        for text, again in zip(model.to_text(batch), model.to_text(outputs), strict=True):
-            self._lines.append(json.dumps({"text": text, "reconstruction": again}, ensure_ascii=False))
+        for row, again in zip(model.to_lines(batch), model.to_lines(outputs, "reconstruction"), strict=True):
+            self._lines.append(json.dumps(row | again, ensure_ascii=False))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file whole."""

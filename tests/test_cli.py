@@ -126,7 +126,9 @@ def test_predict_writes_rows_and_their_reconstructions(here, capsys):
     cli.main(["predict", "--ckpt_path", LAST, "--config", "tiny.yaml"])
     lines = [json.loads(line) for line in (here / "reconstructions.jsonl").read_text().splitlines()]
     assert len(lines) == 8
-    assert all(set(line) == {"text", "reconstruction"} and line["text"].startswith("word") for line in lines)
+    scored = {f"{column}{field}" for column in ("", "reconstruction_") for field in ("ids", "documents")}
+    assert all(set(line) == {"text", "reconstruction", *scored} for line in lines)
+    assert all(line["text"].startswith("word") and len(line["ids"]) == 8 for line in lines)
 
 
 def test_an_encoder_that_moved_is_named_by_an_option(here, capsys, tmp_path):

@@ -1,5 +1,7 @@
 """Chunked loss and prediction against the plain ones on all logits, and draws against the softmax."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ def make(kind: str, **changes) -> TokenDecoder:
     torch.manual_seed(0)
     if kind == "linear":
         return LinearTokenDecoder(H, V, **changes)
-    return TransformerTokenDecoder(H, V, layers=1, heads=2)
+    return TransformerTokenDecoder(H, V, layers=1, heads=2, **changes)
 
 
 def hidden_states(count: int = 6) -> Tensor:
@@ -152,6 +154,37 @@ def test_the_papers_token_decoders_have_66_and_38_million_parameters():
     assert counts == [head + 3 * (16 * 768**2 + 17 * 768) + 2 * 768, head]
     assert 66e6 < counts[0] < 67.5e6
     assert 38e6 < counts[1] < 39e6
+
+
+def test_positions_alone_let_a_transformer_decoder_use_the_order_of_tokens_and_cost_an_embedding_each():
+    order = torch.tensor([1, 0, *range(2, N)])
+    blind, sighted = make("transformer"), make("transformer", learned_positions=True, sequence_length=N)
+    hidden = hidden_states()
+    torch.testing.assert_close(blind(hidden[:, order]), blind(hidden)[:, order])  # for a permutation says nothing new
+    other = sighted(hidden[:, order]) - sighted(hidden)[:, order]
+    assert other[:, 2:].abs().max() > 0.01  # what stands elsewhere is read otherwise, too
+    counts = [sum(p.numel() for p in decoder.parameters()) for decoder in (blind, sighted)]
+    assert counts[1] - counts[0] == N * H
+    with pytest.raises(ValueError, match=f"sequence_length={N} learned positions for rows of {N - 1} tokens"):
+        sighted(hidden[:, 1:])
+
+
+def test_on_static_embeddings_a_token_is_learnt_from_its_place_only_with_positions():
+    # Every row holds one embedding N times: what belongs where is in the positions or nowhere.
+    torch.manual_seed(0)
+    hidden, tokens = torch.randn(1, 1, H).expand(4, N, H), torch.arange(N).expand(4, N)
+    nats = []
+    for positions in (False, True):
+        decoder = make("transformer", learned_positions=positions, sequence_length=N)
+        optimizer = torch.optim.Adam(decoder.parameters(), 3e-3)
+        for _ in range(150):
+            loss = decoder.loss(hidden, tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        nats.append(loss.item())
+    assert nats[0] > math.log(N) - 1e-3  # nothing is better than a guess among N
+    assert nats[1] < 0.1 * math.log(N)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

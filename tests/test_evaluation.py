@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from command import evaluate, evaluation_folder
 from mauve import compute_mauve
-from tiny import LENGTH, WORDS, make_tokenizer
+from tiny import WORDS, make_tokenizer
 
 from ldlm import cli
 from ldlm.module import LDLM
@@ -60,10 +60,10 @@ def test_a_models_scores_are_those_of_the_texts_it_generates_with_each_seed(here
     assert result["perplexity"]["per_seed"] == pytest.approx(want, rel=1e-5)
     assert result["perplexity"]["mean"] == pytest.approx(np.mean(want), rel=1e-5)
     assert result["perplexity"]["std"] == pytest.approx(np.std(want, ddof=1), rel=1e-3)
-    kept = [[[token for token in row if token > 2] for row in rows.tolist()] for rows in tokens]  # 0, 1, 2 are special
-    assert result["entropy"]["per_seed"] == pytest.approx([np.mean(entropies(rows)) for rows in kept], rel=1e-6)
+    assert result["entropy"]["per_seed"] == pytest.approx([np.mean(entropies(rows)) for rows in tokens], rel=1e-6)
     assert result["entropy"]["ids"] == "of the model"
-    assert result["mean_length"] == pytest.approx(np.mean([len(row) for rows in kept for row in rows]))
+    kept = [(rows > 2).sum(1).tolist() for rows in tokens]  # 0, 1, 2 are special
+    assert result["mean_length"] == pytest.approx(np.mean(kept))
     assert result["skipped"] == 36 - sum(map(len, pairs))
     sampling = result["sampling"]
     assert (sampling["nfe"], sampling["seeds"], sampling["batch_size"]) == (3, seeds, 5)
@@ -87,28 +87,6 @@ def test_intervals_are_scipys_percentile_bootstrap_over_texts(here):
         assert result[name]["mean"] == pytest.approx(np.mean(values), rel=1e-5)
         assert result[name]["std"] is None
     assert result["sampling"] is None
-
-
-def test_generated_lines_score_as_their_model_does_where_special_tokens_are_removed(here):
-    cli.main(["generate", "model", *SAMPLING, "--seed", "4", "--output", "samples.jsonl"])
-    one = evaluate("model", *SAMPLING, "--protocol", "hf_mean", "--seeds", "4")
-    two = evaluate("samples.jsonl", "--protocol", "hf_mean")
-    for name in ("perplexity", "entropy", "diversity", "mean_length", "skipped", "texts"):
-        assert one[name] == two[name]
-    assert two["protocol"]["special_tokens"] == "as in the file"
-    assert two["source"]["sha256"] == hashlib.sha256((here / "samples.jsonl").read_bytes()).hexdigest()
-
-
-def test_under_mdlm_a_models_special_tokens_are_scored_up_to_the_models_length(here):
-    one = evaluate("model", *SAMPLING, "--seeds", "4")
-    tokens = LDLM.from_pretrained("model").sample_tokens(12, nfe=3, seed=4, batch_size=5, temperature=1.0)
-    lines = [json.dumps({"text": text}) for text in make_tokenizer().batch_decode(tokens.tolist())]
-    (here / "whole.jsonl").write_text("\n".join(lines))
-    assert ((tokens == 1) | (tokens == 2)).any()
-    two = evaluate("whole.jsonl", "--max_length", str(LENGTH))
-    assert one["perplexity"] == two["perplexity"]
-    assert (one["scorer"]["max_length"], one["protocol"]["special_tokens"]) == (LENGTH, "kept")
-    assert one["perplexity"] != evaluate("model", *SAMPLING, "--seeds", "4", "--protocol", "plain")["perplexity"]
 
 
 def test_entropy_is_over_the_ids_of_the_file_else_of_the_tokenizer_named_else_of_the_scorer(here):
@@ -143,7 +121,8 @@ def test_texts_that_cannot_be_scored_give_null_and_their_number(here):
     (here / "short.txt").write_text("word1\n\nword2")
     result = evaluate("short.txt", "--protocol", "plain")
     assert result["skipped"] == 2
-    assert result["perplexity"] == {"mean": None, "std": None, "per_seed": [None], "interval_95": None}
+    wanted = {"mean": None, "std": None, "per_seed": [None], "interval_95": None, "special_tokens": "removed"}
+    assert result["perplexity"] == wanted
 
 
 def test_what_is_written_names_no_folder_of_this_machine(here):

@@ -111,6 +111,7 @@ SCRATCH = {
     "model.token_encoder.init_args.vocab_size": 50257,
 }
 FIXED = {"model.latent_encoder.init_args.unit_variance": True, "model.sigma_dec": 0.5, "warmup.steps": 0}
+POSITIONS = {"model.token_decoder.init_args.learned_positions": True}
 # What each overlay changes of owt128, and nothing else. Amounts that are ours are marked.
 CHANGES: dict[str, dict[str, Any]] = {
     # Table 1
@@ -139,6 +140,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     | {"model.diffusion_weight": 0.0, "model.token_gradient": True, "model.hidden_masking": 0.3},
     "cosmos": FIXED | {"model.reconstruction_weight": 0.0, "model.token_weight": 0.0},
     "embeddings": IDENTITY
+    | POSITIONS
     | {
         "model.token_encoder.class_path": "ldlm.encoders.ShallowTokenEncoder",
         "model.reconstruction_weight": 0.0,
@@ -146,6 +148,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "warmup.steps": 0,
     },
     "embeddings-scratch": IDENTITY
+    | POSITIONS
     | SCRATCH
     | {
         "model.reconstruction_weight": 0.0,

@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tiny import make_tokenizer
 
-from ldlm.lab.report import number, write_report
+from ldlm.lab.report import Shown, number, write_report
 from ldlm.lab.trace import make_trace
 
 VOID = {"meta", "input", "img", "br", "link"}
@@ -121,7 +122,9 @@ def report(folder, result=RUN, figures=None, samples=(), frames=None):
 
 @pytest.fixture
 def full(tmp_path):
-    samples = [{"generated": text, "real": f"real {text}"} for text in HOSTILE * 4]
+    samples = [
+        {"generated": Shown(text, 67.25, 4.404), "real": Shown(f"real {text}", 31.5, 4.2)} for text in HOSTILE * 4
+    ]
     result = copy.deepcopy(RUN) | {"published": PUBLISHED, "command": "ldlm evaluate '<ckpt>' --nfe 64"}
     return report(tmp_path, result, {"Loss & <time>": drawing(), "Another": drawing()}, samples, trace())
 
@@ -160,6 +163,7 @@ def test_texts_are_shown_as_they_are_and_whatever_is_in_them_does_nothing(full):
     page = Page(full)
     assert page.text["blockquote"] == [text or "(empty)" for text in HOSTILE * 4]
     assert page.text["blockquote.real"] == [f"real {text}" for text in HOSTILE * 4]
+    assert page.text["p.unit.own"] == ["perplexity 67.2, entropy 4.40", "perplexity 31.5, entropy 4.20"] * 16
     assert len(page.elements("script")) == 1
     assert len(page.elements("img")) == 2
     assert not [name for _, attributes, _ in page.found for name in attributes if name.startswith("on")]
@@ -245,7 +249,7 @@ def test_several_runs_have_a_row_each_and_what_differs_between_them_is_a_table(t
 def test_a_score_that_could_not_be_had_is_none_and_a_file_of_samples_has_no_sampling(tmp_path):
     run = copy.deepcopy(RUN) | {"sampling": None, "reference": None, "perplexity": score(None)}
     run["perplexity"]["interval_95"] = None
-    page = Page(report(tmp_path, run, samples=[{"generated": "alone"}]))
+    page = Page(report(tmp_path, run, samples=[{"generated": Shown("alone", math.nan, math.nan)}]))
     assert "none" in " ".join(page.text["td"])
     assert "Generative perplexity" not in page.text["h3"]
     assert page.text["blockquote"] == ["alone"]

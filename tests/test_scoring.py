@@ -61,8 +61,8 @@ def test_what_is_logged_are_the_metrics_of_texts_from_the_averaged_weights(tmp_p
     for step in (4, 8):
         tokens = watch.tokens[step]
         perplexity = GenerativePerplexity(scorer, protocol, max_length=LENGTH if protocol == "mdlm" else None)
-        perplexity.update(model.to_text(tokens, special_tokens=protocol == "mdlm"))
-        entropy, diversity = UnigramEntropy([0, 1, 2]), NGramDiversity()
+        perplexity.update(model.to_text(tokens, "</s>" if protocol == "mdlm" else None))
+        entropy, diversity = UnigramEntropy(), NGramDiversity()
         entropy.update(tokens)
         diversity.update(model.to_text(tokens))
         want = [metric.compute().item() for metric in (perplexity, entropy, diversity)]

@@ -43,6 +43,9 @@ FILES = {
     "partly.jsonl": b'{"text": "word1", "ids": [1]}\n{"text": "word1"}',
     "words.jsonl": b'{"text": "word1", "ids": ["word1"]}',
     "huge.jsonl": b'{"text": "word1", "ids": [99999999999999999999]}',
+    "split.jsonl": b'{"text": "word1", "documents": ["word1", 2]}',
+    "edited.jsonl": b'{"text": "word1", "documents": ["word1"]}\n{"text": "word2", "documents": ["word1"]}',
+    "unsplit.jsonl": b'{"text": "word1", "documents": []}',
     "one.txt": b"word1",
 }
 
@@ -109,6 +112,9 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         ("partly.jsonl", "partly.jsonl: text 2 has no list of token ids as 'ids', but others do"),
         ("words.jsonl", "words.jsonl: text 1 has no list of token ids"),
         ("huge.jsonl", "huge.jsonl: text 1 has no list of token ids"),
+        ("split.jsonl", "split.jsonl: text 1 has no list of texts as 'documents'"),
+        ("unsplit.jsonl", "unsplit.jsonl: text 1 is not its 'documents', joined by blanks; mend or drop these"),
+        ("edited.jsonl", "edited.jsonl: text 2 is not its 'documents', joined by blanks; mend or drop these"),
         ("model ./model", "./model is given twice"),
         ("samples.jsonl none.jsonl", "there is no file none.jsonl"),
         ("real.jsonl --reference empty.jsonl", "empty.jsonl holds no texts"),
@@ -194,7 +200,7 @@ def test_line_endings_and_a_byte_order_mark_change_no_score(here, name):
     text = "\n".join(LINES) if name.endswith(".jsonl") else "\n\n".join(TEXTS)
     (here / f"unix-{name}").write_bytes(text.encode())
     (here / f"windows-{name}").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode() + b"\r\n")
-    assert read_texts(f"windows-{name}").texts == TEXTS
+    assert read_texts(f"windows-{name}").joined("") == TEXTS
     one, two = (evaluate(f"{kind}-{name}", "--protocol", "plain") for kind in ("unix", "windows"))
     for score in ("texts", "perplexity", "entropy", "diversity", "mean_length"):
         assert one[score] == two[score]
@@ -207,9 +213,9 @@ def test_files_of_other_programs_are_read_as_they_were_meant(here):
     rows.to_parquet("theirs.parquet")
     pandas.DataFrame({"text": texts, "ids": [[1, 2]] * 6}).to_json("frame.jsonl", orient="records", lines=True)
     for name in ("theirs.jsonl", "theirs.parquet"):
-        assert read_texts(name, column="generated").texts == texts
+        assert read_texts(name, column="generated").joined("") == texts
         assert evaluate(name, "--text_column", "generated")["texts"] == 6
-    assert read_texts("frame.jsonl").texts == texts
+    assert read_texts("frame.jsonl").joined("") == texts
     assert read_texts("frame.jsonl").ids == [[1, 2]] * 6
 
 

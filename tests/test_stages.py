@@ -264,6 +264,16 @@ def test_only_the_new_decoders_get_gradients_and_all_of_them_do(first, with_deco
     assert {n.partition(".")[0] for n, p in stage.named_parameters() if p.requires_grad} == having
 
 
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_new_decoder_has_learned_positions_where_the_old_one_had_them(folder, positions):
+    old = TransformerTokenDecoder(HIDDEN, VOCAB, 1, 2, learned_positions=positions, sequence_length=LENGTH)
+    path = save(folder, make_model(tokenizer=make_tokenizer(), token_decoder=old), f"positions-{positions}.ckpt")
+    assert (LDLM.load_from_checkpoint(path).token_decoder.positions is not None) == positions
+    stage = TokenDecoderStage(path, layers=1, heads=2)
+    assert (stage.token_decoder.positions is not None) == positions
+    assert stage.token_decoder(torch.zeros(1, LENGTH, LATENT)).shape == (1, LENGTH, VOCAB)
+
+
 def test_layers_0_is_the_linear_head_from_latents_to_tokens(first):
     stage = TokenDecoderStage(first, layers=0)
     assert type(stage.token_decoder) is LinearTokenDecoder

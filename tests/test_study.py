@@ -213,7 +213,11 @@ def test_the_cells_with_options_of_their_own_are_words_that_the_command_takes(tm
                 node: Any = found
                 for part in path.split("."):
                     node = node[part]
-                assert node == pytest.approx(float(value))
+                wanted = yaml.safe_load(value)
+                if isinstance(wanted, str):  # a class, by its name alone
+                    assert node.endswith(f".{wanted}")
+                else:
+                    assert node == pytest.approx(float(value) if isinstance(node, float) else wanted)
             if cell.needs:
                 kept = found["stage"]["checkpoint"] if cell.commands[0][0] == "fit-decoder" else found["latents"]
                 assert kept == "from/fit/checkpoints/last.ckpt"

@@ -1,7 +1,7 @@
 """What ``ldlm bench`` does: a step of sampling, a step of training, packing, each beside what bounds it.
 
 In: options. Out: a table, and a file of JSON with all that is needed to repeat the measurement.
-Paper: section 8 and App. G (time of sampling), App. C (time of training).
+Paper: section 8 and Table 3 (time of sampling and of training), App. C (compute).
 
 Sampling is bounded by its calls of the denoiser, training (`bench_training.py`) by loss, gradients and optimizer
 without a Trainer, packing (`bench_packing.py`) by the tokenizer.

@@ -1,7 +1,8 @@
-"""Figures of what `ldlm evaluate` finds.
+"""Figures of what `ldlm evaluate` finds, and of a study over the decoder noise.
 
 In: plain numbers. Out: matplotlib figures; files of them.
-Paper: Fig. 1 (quality against diversity), Fig. 3 left and Fig. 4. Fig. 5 is `ldlm.figures.loss_over_time`.
+Paper: Fig. 1 (quality against diversity), Fig. 3 left and Fig. 4. Fig. 5 is `ldlm.figures.loss_over_time`. What looks
+closer at one model, `reconstruction` and `spectrum`, has no figure there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -154,7 +155,9 @@ def interpolation(curves: Mapping[str, Mapping[str, Sequence[float]]], scorer: s
 
 
 def reconstruction(curves: Mapping[str, Mapping[str, Sequence[float]]], trained: Mapping[str, float]) -> Figure:
-    """Share of tokens that come back from noised latents: Fig. 4 middle.
+    """Share of tokens that come back from latents with more and more noise, of models as they are.
+
+    Fig. 4 middle is `decoder_noise`'s: there each point is another training.
 
     Args:
         curves: For each model, ``noise`` and ``accuracy``.
@@ -172,7 +175,7 @@ def reconstruction(curves: Mapping[str, Mapping[str, Sequence[float]]], trained:
 
 
 def spectrum(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Eigenvalues of the latents' covariance, and the deviation of each coordinate: Fig. 4 left.
+    """Eigenvalues of the latents' covariance, and the deviation of each coordinate, whose mean Fig. 4 left has.
 
     Args:
         spectra: For each model, ``eigenvalues`` and ``std``, falling, and ``dimensions``.
@@ -188,6 +191,57 @@ def spectrum(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
     left.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    return figure
+
+
+class Noised(NamedTuple):
+    """What a training with one sigma_dec came to; None for what was not measured.
+
+    Attributes:
+        diffusion: Diffusion loss on held-out rows, mean squared error per element.
+        deviation: Standard deviation of z0 over rows and positions, averaged over coordinates.
+        reconstruction: Hidden-state loss on held-out rows under the noise, mean squared error per element.
+        accuracy: Share of held-out tokens that come back from latents without noise.
+        between: Generative perplexity of the decoded means of two latents of real texts.
+    """
+
+    diffusion: float | None
+    deviation: float | None
+    reconstruction: float | None
+    accuracy: float | None
+    between: float | None
+
+
+def decoder_noise(points: Mapping[float, Noised], scorer: str = "") -> Figure:
+    """What the decoder noise does to a model, each point another training: Fig. 4.
+
+    Left: diffusion loss and deviation of the latents. Middle: hidden-state loss and reconstruction. Right, if anybody
+    measured it: perplexity half-way between two texts, which is low where the latent space is smooth.
+
+    Args:
+        points: By sigma_dec.
+        scorer: Whose perplexity it is.
+    """
+    sigmas = sorted(points)
+
+    def known(name: str) -> list[tuple[float, float]]:
+        values = ((sigma, points[sigma]._asdict()[name]) for sigma in sigmas)
+        return [(sigma, value) for sigma, value in values if value is not None]
+
+    panels = [
+        {"diffusion": "diffusion loss (MSE per element)", "deviation": "standard deviation of z0"},
+        {"reconstruction": "hidden-state loss (MSE per element)", "accuracy": "tokens that come back (share)"},
+        {"between": f"half-way between two texts:\n{_perplexity(scorer)}"},
+    ]
+    drawn = [found for panel in panels if (found := {name: label for name, label in panel.items() if known(name)})]
+    figure = Figure(figsize=(1.2 * len(drawn) * SIZE[0], 1.2 * SIZE[1]), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        axes.set(xlabel="decoder noise $\\sigma_\\mathrm{dec}$")
+        axes.grid(alpha=0.3)
+        for place, (name, label) in enumerate(panel.items()):
+            side = axes.twinx() if place else axes
+            side.plot(*zip(*known(name), strict=True), color=f"C{place}", marker="o")
+            side.set_ylabel(label, color=f"C{place}")
     return figure
 
 

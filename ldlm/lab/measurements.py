@@ -1,7 +1,8 @@
 """What a latent space is like: smoothness, losses over time, robustness of the decoders, spectrum.
 
 In: a model with its token encoder; real texts; a way to score texts. Out: plain numbers.
-Paper: Fig. 3 left and Fig. 4 right (interpolation), Fig. 4 left (spectrum), Fig. 4 middle (reconstruction), Fig. 5.
+Paper: Fig. 3 left (interpolation; its middle point, over trainings with other noise, is Fig. 4 right) and Fig. 5. The
+spectrum, and reconstruction under more noise, look closer at one model than the paper does.
 
 Legend: k rows, n tokens a row, m latents a row, d latent width. Sums are float64; noise is a function of the seed.
 """

@@ -1,7 +1,7 @@
 """Which cells a study has, and the commands of each: one training with one seed, through the verbs a user has.
 
 In: a study (a YAML file, shipped or one's own), a scale, seeds. Out: cells, each with the words of its commands.
-Paper: the rows of Tables 1, 2 and 4-7.
+Paper: the rows of Tables 1, 2 and 4-7. A cell of Fig. 3 left or Fig. 4 is measured as well.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ class Scale:
         nfe: Calls of the denoiser per text.
         scorer: The language model that scores.
         protocol: Of the generative perplexity.
+        precision: Of the weights that sample. The paper does not say; bfloat16 is our choice.
     """
 
     configs: tuple[str, ...]
@@ -36,6 +37,7 @@ class Scale:
     nfe: int
     scorer: str
     protocol: str
+    precision: str = "bf16"
 
 
 SCALES = {
@@ -49,6 +51,8 @@ SCALES = {
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")  # of a cell, which is that of its folder and files, too
 NAMED = "of up to 100 letters, digits and . _ + = - (in quotes, if it is a number), as it names files"
+# What a study may say besides, cells by what they are called in a figure: Fig. 3 middle and right, Fig. 3 left, Fig. 4.
+FIGURES = ("curves", "paths", "noise")
 CELL = ("configs", "command", "from", "fit_only")  # what a study says of a cell, besides a scale's own options
 
 
@@ -125,9 +129,12 @@ def find_study(name: str) -> dict[str, Any]:
                 f"checkpoint is given as}}, and has {origin}"
             )
         above.add(name)
-    for cell in [*rows, *study.get("curves", {}).values()]:
+    for cell in [*rows, *(cell for key in FIGURES for cell in study.get(key, {}).values())]:
         if cell not in study["cells"]:
             raise ValueError(f"{path.name} names a cell it lacks, {cell!r}{nearest(str(cell), [*study['cells']])}")
+    for sigma in study.get("noise", {}):
+        if not isinstance(sigma, int | float):
+            raise ValueError(f"{path.name}: noise has {sigma!r}, where a number, sigma_dec, names each cell")
     folded = [cell.casefold() for cell in study["cells"]]
     if len(set(folded)) < len(folded):
         raise ValueError(f"{path.name} has two cells whose files would have one name: {', '.join(study['cells'])}")
@@ -182,12 +189,15 @@ def check_shapes(study: dict[str, Any], file: str) -> None:
                 )
             for key, value in about.items():
                 shape(key == "cell" or pair(value), f"{key} of the row {row}", "[mean, standard deviation]", value)
-    for key in ("real", "curves", "paths", "noise"):
+    for key in ("real", *FIGURES):
         shape(isinstance(study.get(key, {}), dict), key, "names and what they stand for", study.get(key))
     for key, value in study.get("real", {}).items():
         shape(pair(value), f"{key} of real", "[mean, standard deviation]", value)
-    for row, cell in study.get("curves", {}).items():
-        shape(isinstance(row, str) and isinstance(cell, str), f"{row} in curves", "the name of a cell", cell)
+    for key in FIGURES:
+        for row, cell in study.get(key, {}).items():
+            shape(
+                isinstance(row, str | float | int) and isinstance(cell, str), f"{row} in {key}", "a cell's name", cell
+            )
 
 
 def are_words(value: object) -> bool:
@@ -228,7 +238,9 @@ def plan(study: dict[str, Any], scale: str, seeds: int, output: Path, work: Path
                 str(how.texts),
             ]
             evaluate += ["--nfe", str(how.nfe), "--seeds", *draws, "--scorer", how.scorer, "--protocol", how.protocol]
-            evaluate += ["--precision", "bf16", "--batch_size", "64", "--output", "WORK/scores.json"]
+            evaluate += ["--precision", how.precision, "--batch_size", "64", "--output", "WORK/scores.json"]
+            if any(name in study.get(key, {}).values() for key in ("paths", "noise")):
+                evaluate.append("--measure")
             fit_only = bool(about.get("fit_only"))
             commands = [fit] if fit_only else [fit, predict, evaluate]
             label = f"{name}-seed{seed}"

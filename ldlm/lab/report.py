@@ -1,7 +1,8 @@
 """A page about what an evaluation found: self-contained, to be looked at rather than read.
 
 In: what an evaluation writes as JSON, figures, texts beside real ones, a text taking shape. Out: one file of HTML.
-Paper: section 5 and App. D and E, whose tables and figures the page's own resemble.
+Paper: Fig. 1, Tables 8 and 9 and App. E, whose figures, tables and scores these are; App. I, whose Fig. 7-9 print the
+perplexity and the entropy of each text.
 """
 
 import base64
@@ -9,7 +10,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -29,11 +30,25 @@ NUMBERS = ("mean", "std", "per_seed", "interval_95")  # of a score
 LONG = 12  # entries from which a list is left to the JSON at the end of the page
 
 
+class Shown(NamedTuple):
+    """A text with its own scores.
+
+    Attributes:
+        text: Without special tokens.
+        perplexity: Of this text alone; NaN if it could not be scored.
+        entropy: In nats; NaN if it has no token ids.
+    """
+
+    text: str
+    perplexity: float
+    entropy: float
+
+
 def write_report(
     path: Path,
     result: dict[str, Any],
     figures: dict[str, Figure],
-    samples: dict[str, list[dict[str, str]]],
+    samples: dict[str, list[dict[str, Shown]]],
     trace: Trace | None,
 ) -> None:
     """Write the report whole or not at all.

@@ -70,8 +70,8 @@ def read_references(options: argparse.Namespace, count: int) -> Texts:
     if importlib.util.find_spec("mauve") is None:
         raise ValueError('--reference is for MAUVE, which needs mauve-text: pip install "ldlm[eval]"')
     real = read_texts(options.reference, count, options.text_column)
-    if len(real.texts) < count:
-        told = f"--reference {options.reference} holds {len(real.texts)} texts for {count} samples"
+    if len(real.documents) < count:
+        told = f"--reference {options.reference} holds {len(real.documents)} texts for {count} samples"
         raise ValueError(f"{told}: MAUVE compares as many with as many; give more, or take fewer samples")
     return real
 

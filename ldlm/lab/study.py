@@ -1,7 +1,7 @@
 """What ``ldlm study`` does: the cells of one of the paper's tables trained, sampled, scored and put side by side.
 
-In: a study, a scale, how many seeds. Out: a JSON file a cell, one Markdown table, one figure.
-Paper: Tables 1, 2, 4-7 and Fig. 3.
+In: a study, a scale, how many seeds. Out: a JSON file a cell, one Markdown table, figures.
+Paper: Tables 1, 2, 4-7, Fig. 3 and Fig. 4.
 
 Cells run side by side, one a GPU, or one for so many cores. One that fails is told of and does not stop the others.
 """

@@ -1,7 +1,7 @@
 """What ``ldlm evaluate`` does: models and files of samples scored over numbers of denoiser calls, measured and drawn.
 
 In: models or files of samples, a scorer, perhaps real texts. Out: a table, a file of JSON, figures.
-Paper: section 8 and Fig. 1, App. D (Tables 8 and 9); with ``--measure`` also Fig. 3 left, Fig. 4 and Fig. 5.
+Paper: section 8 and Fig. 1, App. D (Tables 8 and 9); with ``--measure`` also Fig. 3 left and Fig. 5.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from ldlm.grids import TimeGrid
 from ldlm.lab.evaluation import Measure, Texts
 from ldlm.lab.figures import save
 from ldlm.lab.measurements import measure_latents, pack
-from ldlm.lab.report import write_report
+from ldlm.lab.report import Shown, write_report
 from ldlm.lab.scoreboard import Scores, caption, draw, labels, published, table
 from ldlm.lab.sources import check_files, command, load_model, read_references, read_sources
 from ldlm.lab.trace import Trace, trace_text
@@ -40,9 +40,10 @@ from ldlm.module import LDLM
 from ldlm.packing import bos_id, load_tokenizer, tokenizer_digest
 from ldlm.samplers import Sampler
 from ldlm.scorer import Scorer, find_protocol, load_scorer
-from ldlm.texts import GRIDS, SAMPLERS, find_device, named, sample, without_specials
+from ldlm.texts import GRIDS, SAMPLERS, find_device, named, sample
 
 SHOWN = 36  # texts of a source in a report
+UNLIKE = "Of the texts and the reference, one has special tokens between documents: compare them by --protocol plain"
 
 
 def write_scores(options: argparse.Namespace) -> None:
@@ -62,7 +63,7 @@ def write_scores(options: argparse.Namespace) -> None:
     find_protocol(options.protocol)
     sampler, grid = named(options.sampler, SAMPLERS), named(options.grid, GRIDS)
     samples = read_sources(options)
-    counts = [len(found.texts) if found else options.num_samples for found in samples.values()]
+    counts = [len(found.documents) if found else options.num_samples for found in samples.values()]
     real = read_references(options, max(counts)) if options.reference else None
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     theirs = published(options.published)
@@ -127,15 +128,15 @@ class Sweep:
     known: Tensor | None
     device: torch.device
     measurements: dict[str, Scores] = field(default_factory=dict)
-    samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Shown]]] = field(default_factory=dict)
     trace: Trace | None = None
-    _references: dict[tuple[Any, ...], tuple[Scores, Tensor | None]] = field(default_factory=dict)
+    _references: dict[tuple[Any, ...], tuple[Scores, Tensor | None, list[Shown]]] = field(default_factory=dict)
 
     def score_file(self, source: str, texts: Texts) -> Scores:
         """The scores of somebody's samples."""
         name = "of " + short(self.options.tokenizer or "")
         measure = Measure(self.scorer, self.options.protocol, self.options.max_length, self.tokenizer, name, self.known)
-        return self._run(self._identity(source), measure, [texts], None, "as in the file", time.perf_counter())
+        return self._run(self._identity(source), measure, [measure.split(texts)], None, time.perf_counter())
 
     def score_model(self, source: str, sampler: Sampler | None, grid: TimeGrid | None) -> list[Scores]:
         """The scores of a model's samples at each number of denoiser calls; its measurements, if they are wanted."""
@@ -151,8 +152,9 @@ class Sweep:
             max_length = protocol.limit(model.sequence_length, self.scorer)
         measure = Measure(self.scorer, options.protocol, max_length, model.tokenizer, "of the model", self.known)
         if options.measure and self.real:
+            documents = measure.split(self.real).whole
             with torch.no_grad():  # that there is no token encoder, or too little text, is better told before sampling
-                model.encode(pack(model, self.real.texts, options.num_samples, True)[:1].to(self.device))
+                model.encode(pack(model, documents, options.num_samples, True)[:1].to(self.device))
         for nfe in options.nfe:
             start, sets, seconds = time.perf_counter(), [], 0.0
             one = argparse.Namespace(**(vars(options) | {"nfe": nfe}))
@@ -160,14 +162,12 @@ class Sweep:
                 before = time.perf_counter()
                 tokens = torch.cat([part.cpu() for part in sample(model, one, seed, sampler, grid)])
                 seconds += time.perf_counter() - before
-                scored = model.to_text(tokens, protocol.special_tokens)
-                sets.append(Texts(model.to_text(tokens), without_specials(model, tokens), scored))
+                sets.append(Texts(model.to_documents(tokens), tokens.tolist()))
             sampling = {name: vars(one)[name] for name in ("nfe", "seeds", "batch_size", "temperature", "precision")}
             sampling |= {"sampler": describe(sampler or model.sampler), "grid": describe(grid or model.grid)}
             per_text = seconds / (len(options.seeds) * options.num_samples)
             sampling |= {"seconds": round(seconds, 3), "seconds_per_text": float(f"{per_text:.4g}")}
-            specials = "kept" if protocol.special_tokens else "removed"
-            runs.append(self._run(about, measure, sets, sampling, specials, start))
+            runs.append(self._run(about, measure, sets, sampling, start))
         if options.measure:
             self.measurements[source] = self._measured(model, measure, tokens)
         if options.report:
@@ -180,20 +180,22 @@ class Sweep:
         """`identity` by the name that tells it from other sources."""
         return identity(source) | {"name": self.names[source]}
 
-    def _run(
-        self, about: Scores, measure: Measure, sets: list[Texts], sampling: Scores | None, specials: str, start: float
-    ) -> Scores:
+    def _run(self, about: Scores, measure: Measure, sets: list[Texts], sampling: Scores | None, start: float) -> Scores:
         """One run as it is written down."""
-        reference, real = self._reference(measure, len(sets[0].texts))
-        shown = self.samples[about["name"]] = [{"generated": text} for text in sets[0].texts[:SHOWN]]
-        for row, text in zip(shown, self.real.texts if self.real else [], strict=False):
+        reference, real, beside = self._reference(measure, len(sets[0].documents))
+        read = [measure.read(one, real is not None) for one in sets]
+        shown = self.samples[about["name"]] = [{"generated": text} for text in measure.shown(sets[0], read[0], SHOWN)]
+        for row, text in zip(shown, beside, strict=False):
             row["real"] = text
-        scorer, protocol = self.scorer, find_protocol(measure.protocol)
+        scorer, protocol, scores = self.scorer, find_protocol(measure.protocol), measure.scores(sets, read, real)
+        marks = "special_tokens_per_text"
+        if protocol.special_tokens and reference and bool(scores[marks]) != bool(reference[marks]):
+            scores["perplexity"]["warning"] = UNLIKE
         return {
             "source": about,
-            **measure.scores(sets, [measure.read(one, real is not None) for one in sets], real),
+            **scores,
             "reference": reference,
-            "protocol": {"name": measure.protocol, "definition": protocol.definition, "special_tokens": specials},
+            "protocol": {"name": measure.protocol, "definition": protocol.definition},
             "scorer": {"name": short(scorer.name), "sha256": scorer.sha256, "dtype": scorer.dtype}
             | {"context": scorer.context, "max_length": measure.max_length or scorer.context},
             "sampling": sampling,
@@ -202,29 +204,28 @@ class Sweep:
             "seconds": round(time.perf_counter() - start, 1),
         }
 
-    def _reference(self, measure: Measure, count: int) -> tuple[Scores | None, Tensor | None]:
-        """Scores and features of the first real texts, read once for all runs that measure in the same way."""
+    def _reference(self, measure: Measure, count: int) -> tuple[Scores | None, Tensor | None, list[Shown]]:
+        """Scores and features of the first real texts, and some of these; once for all runs that measure in one way."""
         if self.real is None:
-            return None, None
+            return None, None, []
         tokenizer = measure.tokenizer
         key = count, measure.max_length, tokenizer_digest(tokenizer) if tokenizer else None
         if key not in self._references:
-            real = self.real.first(count)
+            real = measure.split(self.real.first(count))
             read = measure.read(real, features=True)
             scores = {"source": identity(self.options.reference), **measure.scores([real], [read])}
-            self._references[key] = scores, read.features
+            self._references[key] = scores, read.features, measure.shown(real, read, SHOWN)
         return self._references[key]
 
     def _measured(self, model: LDLM, scores: Measure, tokens: Tensor) -> Scores:
         """The model's measurements on the reference, packed into rows that are framed as its samples are [k n]."""
 
         def perplexity(rows: Tensor) -> float:
-            texts = model.to_text(rows, find_protocol(scores.protocol).special_tokens)
-            return float(scores.read(Texts(texts), features=False).perplexity.compute())
+            return float(scores.read(Texts(model.to_documents(rows)), features=False).perplexity.compute())
 
         options, first = self.options, tokens[:, 0]
         framed = model.tokenizer is not None and bool((first == bos_id(model.tokenizer)).float().mean() > 0.5)
-        rows = pack(model, self.real.texts if self.real else [], options.num_samples, framed)
+        rows = pack(model, scores.split(self.real).whole if self.real else [], options.num_samples, framed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
             found = measure_latents(model, rows, perplexity, options.seeds[0], options.batch_size)
         return {"texts": identity(options.reference), "framed": framed, **found}

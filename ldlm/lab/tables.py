@@ -1,7 +1,7 @@
 """The table, the figure and the verdicts of a study, from the JSON of its cells.
 
-In: a study's rows with what the paper printed, and cells' results. Out: table.md; figure and curves as .png and .pdf.
-Paper: Tables 1, 2 and 4-7; Fig. 3, middle and right.
+In: a study's rows with what the paper printed, and cells' results. Out: table.md; figures as .png and .pdf.
+Paper: Tables 1, 2 and 4-7; Fig. 3 and 4.
 
 A verdict compares two rows of one block whose order the paper's numbers settle, by two deviations. Ours settle it by
 two deviations over training seeds; where no cell has several seeds, over drawn texts, which is said.
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ldlm.figures import loss_curves, side_by_side
 from ldlm.files import visible, write_atomically
-from ldlm.lab.figures import save
+from ldlm.lab.figures import Noised, decoder_noise, interpolation, save
 
 # Column: heading, decimals, whether it is printed times 100 as in the paper, whether more is better.
 COLUMNS = {
@@ -29,6 +29,7 @@ COLUMNS = {
 }
 JUDGED = ("perplexity", "mauve")
 APART = 2.0  # deviations of a difference from which it counts
+PRECISIONS = {"bf16": "bfloat16", "32": "float32"}
 COLLAPSED = 0.7  # of real texts' entropy; the paper's collapsed row, sigma_dec 4, has 0.51, its next lowest 0.73
 
 
@@ -160,8 +161,8 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
     paper = [f"paper's {COLUMNS[name][0]}" for name in names]
     lines = [
         f"`{label}`: mean ± standard deviation over training seeds, or over draws of texts where there is one seed. "
-        f"The paper's columns: {study.get('published', '')}. They are of other data, sizes and scorers, and stand here "
-        "for their order only.",
+        f"{sampled(results)}The paper's columns: {study.get('published', '')}. They are of other data, sizes and "
+        "scorers, and stand here for their order only.",
         "",
         f"| {' | '.join(['', *headings, 'seeds', *paper])} |",
         f"|---{'|---:' * (len(headings) + 1 + len(paper))}|",
@@ -210,6 +211,16 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
     return "\n".join(lines) + "\n"
 
 
+def sampled(results: list[dict[str, Any]]) -> str:
+    """How the texts were sampled, where all were in one way."""
+    settings = [result["scores"].get("sampling") for result in results]
+    told = {(one["nfe"], one["precision"]) for one in settings if one}
+    if len(told) != 1:
+        return ""
+    ((nfe, precision),) = told
+    return f"Texts are sampled in {nfe} calls of the denoiser with weights in {PRECISIONS[precision]}. "
+
+
 def ours(found: list[dict[str, Any]]) -> list[str]:
     """A row's own numbers, and how many seeds they are of."""
     texts = []
@@ -227,7 +238,7 @@ def theirs(about: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def figures(study: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Figure]:
-    """The study's figures by file name: perplexities beside the paper's, and loss curves if it asks for them."""
+    """The study's figures by file name: perplexities beside the paper's, and those of Fig. 3 and 4 that it asks for."""
     cells, real = by_cell(results), reference(results).get("entropy", {}).get("mean")
     real_paper = study.get("real", {}).get("entropy", [None])[0]
     labels: list[str] = []
@@ -252,7 +263,45 @@ def figures(study: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, F
             "reconstruction": "hidden-state loss (MSE per element)",
         }
         found_figures["curves"] = loss_curves(curves, panels | {"latent_std": "standard deviation of z0"})
+    scorers = [result["scores"]["scorer"]["name"] for result in results if "scorer" in result["scores"]]
+    scorer = Path(scorers[0]).name.removesuffix(".gguf") if scorers else ""
+    paths = {row: path(cells[cell]) for row, cell in study.get("paths", {}).items() if cell in cells}
+    measured = {row: found for row, found in paths.items() if found is not None}
+    if measured:
+        found_figures["paths"] = interpolation(measured, scorer)
+    points = {float(sigma): noised(cells[cell]) for sigma, cell in study.get("noise", {}).items() if cell in cells}
+    if any(value is not None for point in points.values() for value in point):
+        found_figures["noise"] = decoder_noise(points, scorer)
     return found_figures
+
+
+def path(found: list[dict[str, Any]]) -> dict[str, list[float]] | None:
+    """A cell's perplexities between two texts, averaged over seeds; None if they were not measured."""
+    models = [model for result in found for model in result["scores"].get("measurements", {}).values()]
+    if not models:
+        return None
+    paths = [model["interpolation"] for model in models]
+    columns = zip(*(each["perplexity"] for each in paths), strict=True)
+    return {"a": paths[0]["a"], "perplexity": [statistics.fmean(column) for column in columns]}
+
+
+def noised(found: list[dict[str, Any]]) -> Noised:
+    """A cell as a point of Fig. 4, averaged over seeds."""
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    validation = [result["validation"] for result in found]
+    curves = [result["curves"].get("latent_std") for result in found]
+    between = path(found)
+    return Noised(
+        mean([each.get("validation/diffusion") for each in validation]),
+        mean([curve[-1][1] if curve else None for curve in curves]),
+        mean([each.get("validation/reconstruction") for each in validation]),
+        mean([each.get("validation/accuracy") for each in validation]),
+        between["perplexity"][between["a"].index(0.5)] if between else None,
+    )
 
 
 def write_summary(

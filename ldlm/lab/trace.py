@@ -1,7 +1,7 @@
 """A text taking shape: what the predictions from noise to text decode to, and when each token last changed.
 
 In: token ids of one text's prediction z0_hat at every call of the denoiser. Out: frames, and a page to step through.
-Paper: section 3 (the sampler's predictions) and section 4.3 (how the last one becomes a text).
+Paper: section 4.3 (the sampler's predictions, and how the last one becomes a text).
 """
 
 import argparse
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ldlm.files import short, visible
+from ldlm.generation import join_documents, split_documents
 from ldlm.grids import TimeGrid
 from ldlm.lab.pages import write_page
 from ldlm.module import LDLM
@@ -45,17 +46,14 @@ class Frame:
         t: Schedule time of that call, from 1 (noise) down.
         tokens: One a position.
         final: How many of them are as in the last prediction.
+        text: As `LDLM.to_text` gives it.
     """
 
     call: int
     t: float
     tokens: list[Token]
     final: int
-
-    @property
-    def text(self) -> str:
-        """As `LDLM.to_text` gives it."""
-        return "".join(token.text for token in self.tokens if not token.special).strip()
+    text: str
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,9 @@ def make_trace(ids: Tensor, times: Tensor, tokenizer: PreTrainedTokenizerBase, s
             else Token(next(texts), since, False)
             for token, since in zip(row, changed[k].tolist(), strict=True)
         ]
-        frames.append(Frame(k + 1, float(times[k]), tokens, int((ids[k] == ids[-1]).sum())))
+        (documents,) = split_documents(tokenizer, [row])
+        final = int((ids[k] == ids[-1]).sum())
+        frames.append(Frame(k + 1, float(times[k]), tokens, final, join_documents(documents)))
     return Trace(nfe, frames)
 
 
