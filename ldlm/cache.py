@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -21,13 +22,14 @@ from ldlm.checkpoints import describe
 from ldlm.data import PackedTextDataModule
 from ldlm.encoders import DTYPES, FrozenTokenEncoder, TokenEncoder
 from ldlm.files import visible, write_atomically
+from ldlm.resuming import Recorded
 from ldlm.rows import PackedRows
 
 STATISTICS = ("mean", "std", "statistics_rows")  # of the normalisation, which comes after what is stored
 TOKENS = 2**14  # in a batch while the file is written
 
 
-class CacheHiddenStates(L.Callback):
+class CacheHiddenStates(Recorded):
     """Computes the frozen encoder's hidden states of all training rows before the first step, once for all runs.
 
     For small corpora and many epochs: a token takes h numbers, 1,536 bytes at GPT-2's width in bfloat16, so that
@@ -53,6 +55,10 @@ class CacheHiddenStates(L.Callback):
         self.folder = folder
         self.dtype = dtype
         self.max_gb = max_gb
+
+    def settings(self) -> dict[str, Any]:
+        """The dtype in which states are kept; the encoder's own changes nothing."""
+        return {"dtype": self.dtype}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """One process of each machine writes the file if it is not there; all of them map it."""

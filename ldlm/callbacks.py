@@ -7,6 +7,8 @@ What can be a function of ``trainer.global_step`` is one; the rest is in the mod
 a state of its own.
 """
 
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,8 +16,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ldlm.checkpoints import describe
 from ldlm.module import LDLM
 from ldlm.optimisation import expect
+from ldlm.resuming import Recorded
 
 
 def warmup_gamma(step: int, steps: int, gamma_min: float = 0.0, k: float = 10.0, c: float = 0.8) -> float:
@@ -37,7 +41,7 @@ def warmup_gamma(step: int, steps: int, gamma_min: float = 0.0, k: float = 10.0,
     return float(gamma_min + (1 - gamma_min) * (now - low) / (high - low))
 
 
-class DiffusionToEncoderWarmup(L.Callback):
+class DiffusionToEncoderWarmup(Recorded):
     """Sets the model's gamma from the step: Eq. 30.
 
     Args:
@@ -59,6 +63,10 @@ class DiffusionToEncoderWarmup(L.Callback):
         self.gamma_min = gamma_min
         self.k = k
         self.c = c
+
+    def settings(self) -> dict[str, Any]:
+        """All arguments."""
+        return dict(describe(self, kind=DiffusionToEncoderWarmup)["init_args"])
 
     def gamma(self, step: int) -> float:
         """Gamma after ``step`` optimizer steps."""
@@ -85,7 +93,7 @@ class DiffusionToEncoderWarmup(L.Callback):
             model.log("train/gamma", model.gamma)  # as a tensor: a number would be copied to the device and waited for
 
 
-class AdaptiveTimestepUpdate(L.Callback):
+class AdaptiveTimestepUpdate(Recorded):
     """Feeds each step's losses into the timestep sampler and recomputes its density now and then.
 
     Args:
@@ -100,6 +108,10 @@ class AdaptiveTimestepUpdate(L.Callback):
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
         self._step = 0
+
+    def settings(self) -> dict[str, Any]:
+        """The interval."""
+        return {"every_n_steps": self.every_n_steps}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell the model that its timesteps are looked after."""
@@ -136,7 +148,7 @@ class SaveAtEnd(L.Callback):
             trainer.save_checkpoint(callback.last_model_path)
 
 
-class EMA(L.Callback):
+class EMA(Recorded):
     """Exponential moving average of the trainable parameters, in float32; buffers are never averaged.
 
     After n optimizer steps decay_n = min(decay, (1 + n) / (10 + n)); a step that was left out moves nothing.
@@ -156,13 +168,19 @@ class EMA(L.Callback):
         self.decay = decay
         self._step = 0
 
+    def settings(self) -> dict[str, Any]:
+        """The decay."""
+        return {"decay": self.decay}
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the averages, and put the raw parameters of an earlier fit back, before a checkpoint is restored."""
+        """Make the averages before a checkpoint is restored; the same Trainer's next fit goes on with its own."""
         model = as_ldlm(pl_module)
         if stage == "fit":
             self._swap_out(model)
-            if model.averaged is None:
-                model.averaged = {name: p.detach().float().clone() for name, p in _trainable(model)}
+            known = model.averaged or {}  # a part may have been frozen, or set free, between two fits
+            model.averaged = {
+                name: known[name] if name in known else p.detach().float().clone() for name, p in _trainable(model)
+            }
 
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -205,7 +223,8 @@ class EMA(L.Callback):
     def _swap_out(self, model: LDLM) -> None:
         if model.raw is not None:
             for name, p in _trainable(model):
-                p.copy_(model.raw[name])
+                if name in model.raw:
+                    p.copy_(model.raw[name])
             model.raw = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -225,6 +244,10 @@ class EMA(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The fitted model is the averaged one, also for what others do in ``on_fit_end``; checkpoints hold both."""
+        self._swap_in(as_ldlm(pl_module))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Likewise where a run was resumed with no step left: Lightning then leaves ``on_train_end`` out."""
         self._swap_in(as_ldlm(pl_module))
 
 

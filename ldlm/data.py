@@ -7,7 +7,7 @@ App. C "Data preprocessing": texts packed without padding (`packing.py`), read a
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,9 @@ class PackedTextDataModule(L.LightningDataModule):
         seed: of the batch order.
         verify: "once", packed files are read through the first time this machine meets them; "full", at each start.
         max_document_bytes: of a text, and of a line of a file; a longer one is an error that names it.
-        allow_changes: names in `FINGERPRINT` that a resumed run may change; anything else that differs is refused.
 
     Raises:
-        ValueError: an argument is out of range, the files cannot be read as asked, or a run is resumed with others.
+        ValueError: an argument is out of range, or the files cannot be read as asked.
         FileNotFoundError: no such file, data set or tokenizer.
     """
 
@@ -91,7 +90,6 @@ class PackedTextDataModule(L.LightningDataModule):
         seed: int = 0,
         verify: str = "once",
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
-        allow_changes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         least = 3 if special_tokens else 1
@@ -129,11 +127,8 @@ class PackedTextDataModule(L.LightningDataModule):
         self.batch_size, self.text_column, self.validation = batch_size, text_column, validation
         self.cache_dir, self.num_workers, self.split, self.revision = cache_dir, num_workers, split, revision
         self.config_name, self.detokenize, self.special_tokens = config_name, detokenize, special_tokens
-        if unknown := set(allow_changes) - set(FINGERPRINT):
-            raise ValueError(f"allow_changes names {sorted(unknown)}, but there are only {', '.join(FINGERPRINT)}")
         self.text_unit, self.validation_rows, self.seed, self.verify = text_unit, validation_rows, seed, verify
         self.max_document_bytes = max_document_bytes
-        self.allow_changes = tuple(allow_changes)
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._names: dict[str, str] = {}
         self._rows: dict[str, PackedRows] = {}
@@ -229,16 +224,11 @@ class PackedTextDataModule(L.LightningDataModule):
             self._fingerprint = dict(zip(FINGERPRINT, values, strict=True))
         return dict(self._fingerprint)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other rows, or in another order, than the checkpoint's run; ValueError names both."""
-        if self.trainer is not None and self.trainer.training:
-            check_resumed(state_dict, self.state_dict(), self.allow_changes)
-
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Batches [batch_size / (ranks · accumulated batches), n] from the trainer's current step on.
 
         Raises:
-            ValueError: `batch_size` does not divide evenly.
+            ValueError: `batch_size`, or an epoch cut short by `limit_train_batches`, does not divide evenly.
         """
         rows, trainer = self.train_dataset, self.trainer
         # Lightning would put a sampler of single rows in the place of ours.
@@ -248,7 +238,15 @@ class PackedTextDataModule(L.LightningDataModule):
         if trainer is None:
             return self._loader(rows, ShuffledRows(rows, order, lambda: 0))
         place = trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches
-        return self._loader(rows, ShuffledRows(rows, order, lambda: trainer.global_step, *place))
+        sampler = ShuffledRows(rows, order, lambda: trainer.global_step, *place)
+        limit, parts = trainer.limit_train_batches, trainer.accumulate_grad_batches
+        calls = min(limit, len(sampler)) if isinstance(limit, int) else int(limit * len(sampler))
+        if calls % parts:
+            raise ValueError(
+                f"limit_train_batches={limit} makes epochs of {calls} calls, which accumulate_grad_batches={parts} "
+                f"does not divide: the last step of each would be of {calls % parts}; give a multiple of {parts}"
+            )
+        return self._loader(rows, sampler)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
         """The held-out rows in order, calls no larger than training's; an empty list if there are none."""
@@ -285,16 +283,6 @@ class PackedTextDataModule(L.LightningDataModule):
             worker_init_fn=outlive_signals if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def check_resumed(stored: Mapping[str, object], given: Mapping[str, object], allowed: Collection[str]) -> None:
-    """Compare what a checkpoint's run went by with what would go on; ValueError names what may not differ."""
-    for name, value in given.items():
-        if name in stored and stored[name] != value and name not in allowed:
-            raise ValueError(
-                f"the checkpoint's run has {name} {stored[name]} and this one would go on with {value}: give the same, "
-                f"or insist with PackedTextDataModule(allow_changes=[{name!r}]), --data.allow_changes [{name}]"
-            )
 
 
 def check_detokenizer(detokenize: str | Callable[[str], str] | None) -> Callable[[str], str] | None:

@@ -8,17 +8,18 @@ What is minimised stands in `objective.py`, sampling in `generation.py`, files i
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ldlm.agreement import check_data, check_encoder, check_parts, check_strategy
 from ldlm.checkpoints import check_description
-from ldlm.data import PackedTextDataModule, check_resumed
+from ldlm.data import PackedTextDataModule
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
 from ldlm.encoders import TokenEncoder
@@ -29,6 +30,7 @@ from ldlm.noise import RowNoise, generator
 from ldlm.objective import MISSING_WARMUP, normal_like
 from ldlm.optimisation import Optimisation, guarded
 from ldlm.packing import load_tokenizer
+from ldlm.resuming import check_requeued, check_resumed, reopen_epoch
 from ldlm.samplers import EulerMaruyama, Sampler
 from ldlm.schedules import NoiseSchedule, TangentSchedule
 from ldlm.signals import StopOnSignal
@@ -76,6 +78,9 @@ class LDLM(Optimisation):
         lr_warmup_steps: Steps of linear warm-up from 1e-8.
         lr_decay: Last share of the run over which the learning rate falls linearly to 0; 0 keeps it constant.
         seed: Of the noise in training and validation.
+        allow_changes: What a resumed run may change of its checkpoint's run that is refused otherwise, by name:
+            ``sigma_dec``, ``schedule.d``, ``schedule`` with all its arguments, ``batch_size`` and ``data`` of the data,
+            ``EMA.decay`` of a callback.
 
     Raises:
         ValueError: If an argument is out of range, or two parts do not fit.
@@ -110,6 +115,7 @@ class LDLM(Optimisation):
         lr_warmup_steps: int = 5000,
         lr_decay: float = 0.0,
         seed: int = 0,
+        allow_changes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         h, v, n = token_encoder.hidden_size, token_encoder.vocab_size, sequence_length
@@ -141,6 +147,7 @@ class LDLM(Optimisation):
         self.lr_warmup_steps = lr_warmup_steps
         self.lr_decay = lr_decay
         self.seed = seed
+        self.allow_changes = tuple(allow_changes)
         self._check()
         # DDP wants every trainable parameter used in every step.
         if diffusion_weight == 0:
@@ -155,6 +162,7 @@ class LDLM(Optimisation):
         self.averaged: dict[str, Tensor] | None = None
         self.raw: dict[str, Tensor] | None = None
         self.skipped: Tensor | None = None
+        self.counted: tuple[int, float] | None = None
         self._last_step, self._micro_step, self._rows_done, self._rows_validated = -1, 0, 0, 0
 
     def _check(self) -> None:
@@ -187,24 +195,33 @@ class LDLM(Optimisation):
     # ---- training ----------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The guards of every run, but for those that the trainer's own callbacks bring already."""
+        """The guards of every run, but for those that the trainer's own callbacks bring already.
+
+        Nothing else of a module runs before its callbacks are set up, so an earlier fit's averages are forgotten here.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING and (self.trainer.global_step == 0 or not self.averages_stand()):
+            self.averaged = self.raw = None
         guards: list[L.Callback] = [BadSteps(), LatentWatch(), StopOnSignal()]
         there: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in there)]
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that cannot work; forget an earlier fit's gamma, so that each fit asks for its warm-up."""
+        """Refuse strategies that cannot work; forget what an earlier fit left, so that each asks for its callbacks."""
         check_strategy(self.trainer.strategy)
         if stage == "fit":
-            self.gamma = self.skipped = None
+            self.gamma = self.skipped = self.refresh_every = self.counted = self.token_encoder.stored = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on as another run; else take the checkpoint's weights."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.training and "ldlm" in checkpoint:
-            allowed = data.allow_changes if isinstance(data, PackedTextDataModule) else ()
-            stored = check_description(checkpoint["ldlm"], "the checkpoint")["model"]["init_args"]
-            check_resumed(stored, {"sequence_length": self.sequence_length, "seed": self.seed}, allowed)
+        if self.trainer.training:
+            about = check_description(checkpoint.get("ldlm"), "the checkpoint")
+            run = about.get("run", {})
+            check_requeued(self.trainer.ckpt_path, run, self.trainer)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            check_resumed(checkpoint, self.about_run(), self.token_encoder, data, self.allow_changes)
+            reopen_epoch(checkpoint["loops"])
+            if "batches" in run:
+                self.counted = run["accumulate_grad_batches"], run["batches"]
         super().on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
@@ -216,7 +233,10 @@ class LDLM(Optimisation):
                 f"precision={self.trainer.precision!r} would keep weights and bin statistics in 16 bits: "
                 "use 'bf16-mixed', which computes in 16 bits and keeps 32"
             )
-        self.description()  # a part that no checkpoint could describe is found now, not at the first checkpoint
+        self.about_run()  # a part that no checkpoint could describe is found now, not at the first checkpoint
+        if self.trainer.ckpt_path is not None:
+            # Whoever asked for the loader until now (for the length of the run) got one that begins at step 0.
+            self.trainer.fit_loop._combined_loader = None
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, PackedTextDataModule):
             check_data(data, self.sequence_length, self.tokenizer)

@@ -4,9 +4,11 @@ In: the gradients of all ranks. Out: new parameters; or, where a number is not f
 Paper: App. C (optimisation).
 """
 
-from typing import TypeVar
+from math import inf
+from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class Optimisation(Storage):
     Attributes:
         skipped: 1 if the last optimizer step changed nothing because its gradient was not finite, else 0: a scalar on
             the device, which nobody reads there and then. None before the first step.
+        counted: Accumulated batches, and calls of an epoch, of the run that is resumed; None in a new one.
         times: The times of the last global batch, [rows of the optimizer step].
         logged: What the last call logged, by name, scalars on the device.
     """
@@ -34,6 +37,7 @@ class Optimisation(Storage):
     lr_decay: float
     seed: int
     skipped: Tensor | None
+    counted: tuple[int, float] | None
     times: Tensor
     logged: dict[str, Tensor]
 
@@ -48,8 +52,9 @@ class Optimisation(Storage):
             weight_decay=self.weight_decay,
             fused=self.trainer.precision != "16-mixed",  # a fused optimizer unscales by itself, after clipping
         )
-        end = self.trainer.estimated_stepping_batches if self.lr_decay else float("inf")
-        if self.lr_decay and end == float("inf"):
+        optimizer.register_load_state_dict_pre_hook(keep_options)
+        end = self.trainer.estimated_stepping_batches if self.lr_decay else inf
+        if self.lr_decay and not 0 <= end < inf:  # -1 for a loader whose length is not known
             raise ValueError(f"lr_decay={self.lr_decay} needs to know where the run ends: give the trainer max_steps")
 
         def factor(step: int) -> float:
@@ -58,16 +63,18 @@ class Optimisation(Storage):
             fall = min(1.0, (end - step) / (self.lr_decay * end)) if self.lr_decay else 1.0
             return min(rise, max(fall, 0.0))
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LearningRate(optimizer, factor), "interval": "step"},
+        }
 
     def on_train_start(self) -> None:
-        """See that all ranks stand at the same step, and that it is a whole one.
+        """See that all ranks stand at the same step, and that Lightning counts this run's calls.
 
-        A checkpoint may have been written between two accumulated batches.
-
-        Their gradient is in no checkpoint, so the step is begun anew. Lightning 2.6.6 writes such checkpoints by
-        ``train_time_interval``, and in the first step after resuming, and would then step on what is left of the batch.
+        Lightning 2.6.6 counts the calls of an epoch, of which another number of accumulated batches or of rows makes
+        more or fewer. The same share of the epoch is counted as done, in whole steps: a checkpoint may have been
+        written between two accumulated batches (by ``train_time_interval``, or in the first step after resuming), whose
+        gradient is in no checkpoint, so that their step is begun anew.
         """
         steps: Tensor = self.all_gather(torch.tensor([self.trainer.global_step], device=self.device))  # type: ignore[assignment]
         if (steps != self.trainer.global_step).any():
@@ -76,11 +83,20 @@ class Optimisation(Storage):
                 "all of them can read"
             )
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        # The last batch of an epoch is stepped on whatever was accumulated.
-        begun = 0 if progress.is_last_batch else progress.current.ready % self.trainer.accumulate_grad_batches
-        for counts in (vars(progress.current), vars(progress.total)):
+        parts, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        parts_then, batches_then = self.counted or (parts, batches)
+        ready = progress.current.ready
+        before, done = progress.total.ready - ready, ready - ready % parts_then
+        if progress.is_last_batch:  # the last batch of an epoch is stepped on whatever was accumulated
+            done = ready
+        if inf not in (batches, batches_then):
+            before, done = before * int(batches) // int(batches_then), done * int(batches) // int(batches_then)
+        if not progress.is_last_batch:
+            done -= done % parts
+        for counts, now in ((vars(progress.current), done), (vars(progress.total), before + done)):
+            shift = now - counts["ready"]
             for name in counts:  # ready, started, processed, completed
-                counts[name] -= begun
+                counts[name] += shift
 
     def configure_gradient_clipping(
         self,
@@ -111,6 +127,45 @@ class Optimisation(Storage):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+
+class LearningRate(torch.optim.lr_scheduler.LambdaLR):
+    """A learning rate that is a function of the step; of a restored state it takes the step alone.
+
+    The base rate, the curve and the end of the run are this run's. Where the rate is not the one that the checkpoint's
+    run would have gone on with, both are logged.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the state's step."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self._last_lr = [
+            base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+        if self._last_lr != state_dict["_last_lr"]:
+            rank_zero_info(
+                f"the learning rate of step {self.last_epoch} is {self._last_lr[0]:.4g} and not the "
+                f"{state_dict['_last_lr'][0]:.4g} of the checkpoint's run: its arguments or the end of the run differ"
+            )
+
+
+def keep_options(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A restored optimizer's state with the options that this one was made with, not those of the state.
+
+    Raises:
+        ValueError: If the state is of another number of parameters.
+    """
+    groups, own = state["param_groups"], optimizer.param_groups
+    counts = [[len(group["params"]) for group in these] for these in (groups, own)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"the checkpoint's optimizer has {sum(counts[0])} parameters and this model trains {sum(counts[1])}: "
+            "freeze the same parts as its run did, or begin a new run with its weights"
+        )
+    kept = [group | {k: v for k, v in mine.items() if k != "params"} for group, mine in zip(groups, own, strict=True)]
+    return state | {"param_groups": kept}
 
 
 def expect(module: object, kind: type[T]) -> T:

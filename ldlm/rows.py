@@ -118,8 +118,9 @@ class ShuffledRows(DistributedSampler[list[int]]):
     """Give this rank's index lists, one for each training call, from the step at which training stands.
 
     It is a `DistributedSampler` so that Lightning leaves it alone. It has no state: when iteration begins, it asks
-    `step` how many optimizer steps are done and gives the rest of that epoch, so a resumed run goes on in mid-epoch.
-    `len` stays the whole epoch, from which Lightning subtracts what its own progress has counted.
+    `step` how many optimizer steps are done and gives as many calls as a whole epoch has from there on, across the end
+    of the permutation. Lightning takes of them what its own progress has not counted yet, so a resumed run goes on in
+    mid-epoch, and epochs that `limit_train_batches` makes shorter follow each other without a gap.
 
     Args:
         dataset: the rows.
@@ -149,9 +150,9 @@ class ShuffledRows(DistributedSampler[list[int]]):
         return self.steps_per_epoch * self.micro_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Give the index lists of the rest of the epoch."""
+        """Give the index lists from the current step on."""
         first = self.step()
-        for step in range(first, (first // self.steps_per_epoch + 1) * self.steps_per_epoch):
+        for step in range(first, first + self.steps_per_epoch):
             batch = self.order.batch(step)
             for micro_step in range(self.micro_steps):
                 yield batch[noise.share(len(batch), self.rank, self.num_replicas, micro_step, self.micro_steps)]

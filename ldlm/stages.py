@@ -7,7 +7,13 @@ Paper: Table 2, row COSMOS (an autoencoder first, then a diffusion model on its 
 An autoencoder alone needs nothing from here: it is an `LDLM` with ``diffusion_weight=0``.
 """
 
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
 import lightning as L
+import torch
+from torch import Tensor
 
 from ldlm.callbacks import as_ldlm
 from ldlm.checkpoints import check_weights, describe
@@ -15,13 +21,14 @@ from ldlm.decoders import LinearTokenDecoder, TokenDecoder, TransformerTokenDeco
 from ldlm.latents import IdentityDecoder, LatentDecoder
 from ldlm.module import LDLM
 from ldlm.packing import name_tokenizer, tokenizer_digest
+from ldlm.resuming import Recorded
 
 CODERS = ("token_encoder", "latent_encoder", "latent_decoder", "token_decoder")
 # Arguments that may differ: the same hidden states come from copies elsewhere and in other dtypes.
 FREE = ("dtype", "revision")
 
 
-class FixedLatents(L.Callback):
+class FixedLatents(Recorded):
     """Takes all coders of a checkpoint into the model and freezes them, so that only the denoiser learns.
 
     The model should have ``reconstruction_weight=0`` and ``token_weight=0``: nothing is left for those losses to teach.
@@ -35,6 +42,11 @@ class FixedLatents(L.Callback):
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint
+        self._digest: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What the coders are, wherever their file is kept."""
+        return {"checkpoint": self._digest}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Before the optimizer and the averages are made, and before a resumed run restores its own state."""
@@ -42,6 +54,8 @@ class FixedLatents(L.Callback):
             return
         model, stored = as_ldlm(pl_module), LDLM.load_from_checkpoint(self.checkpoint)
         self._compare(model, stored)
+        coders = {name: tensor for name, tensor in stored.state_dict().items() if name.partition(".")[0] in CODERS}
+        self._digest = name_weights(coders)
         for name in CODERS:
             part = model.get_submodule(name)
             state = stored.get_submodule(name).state_dict()
@@ -101,6 +115,7 @@ class TokenDecoderStage(LDLM):
         lr_warmup_steps: Steps of linear warm-up from 1e-8.
         lr_decay: Last share of the run over which the learning rate falls linearly to 0.
         seed: Of the noise.
+        allow_changes: What a resumed run may change, as for an `LDLM`.
 
     Raises:
         ValueError: If the checkpoint is not one of an `LDLM`, or the decoder does not fit its latents.
@@ -122,6 +137,7 @@ class TokenDecoderStage(LDLM):
         lr_warmup_steps: int = 5000,
         lr_decay: float = 0.0,
         seed: int = 0,
+        allow_changes: Sequence[str] = (),
     ) -> None:
         if layers < 0:
             raise ValueError(f"layers={layers} must be 0 (the linear head alone) or more")
@@ -162,7 +178,9 @@ class TokenDecoderStage(LDLM):
             lr_warmup_steps=lr_warmup_steps,
             lr_decay=lr_decay,
             seed=seed,
+            allow_changes=allow_changes,
         )
+        self._source = name_weights(old.state_dict())
         for part in (self.token_encoder, self.latent_encoder, self.denoiser):
             part.requires_grad_(False)
         self.train()  # a loaded model is in eval mode
@@ -171,3 +189,15 @@ class TokenDecoderStage(LDLM):
     def kind(self) -> type:
         """What the trained model is, whichever class trained it."""
         return LDLM
+
+    def sources(self) -> dict[str, Any]:
+        """What the first stage's model is, wherever its file is kept."""
+        return {"checkpoint": self._source}
+
+
+def name_weights(state: dict[str, Tensor]) -> str:
+    """Name tensors by a digest of their bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"of sha256 {digest.hexdigest()[:16]}"

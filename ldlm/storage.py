@@ -34,6 +34,7 @@ from ldlm.files import sha256, write_atomically
 from ldlm.generation import Generation
 from ldlm.hub import local_folder, only_the_file
 from ldlm.restoring import CheckedStates
+from ldlm.resuming import record_run
 from ldlm.saving import CheckpointFiles, is_remote, last_checkpoint, not_finite, prepare
 from ldlm.sizes import building_at_most, storage_numbers
 
@@ -58,8 +59,24 @@ class Storage(Generation):
 
     def description(self) -> dict[str, Any]:
         """The model as plain data: parts, arguments, versions."""
-        model = describe(self, leave_out=("tokenizer",), kind=self.kind)
+        model = describe(self, leave_out=("tokenizer", "allow_changes"), kind=self.kind)
         return {"format": FORMAT, "version": ldlm.__version__, "model": model}
+
+    def about_run(self) -> dict[str, Any]:
+        """The description, and what else changes the result of the run at hand."""
+        return self.description() | {"run": record_run(self.trainer, self.tokenizer) | self.sources()}
+
+    def sources(self) -> dict[str, Any]:
+        """What a module that trains another model's parts took them from; a hook for such modules."""
+        return {}
+
+    @torch.no_grad()
+    def averages_stand(self) -> bool:
+        """Whether the averaged parameters of a fit are up to date: nobody has put others into the model since."""
+        if self.averaged is None or self.raw is None:
+            return True
+        now = dict(self.named_parameters())
+        return all(name in now and torch.equal(a.to(now[name]), now[name]) for name, a in self.averaged.items())
 
     def configure_model(self) -> None:
         """Put our reader, writer and checks of files in the place of Lightning's own; refuse what could never be saved.
@@ -95,10 +112,10 @@ class Storage(Generation):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the model; put averaged parameters into ``state_dict`` and raw ones beside it."""
-        checkpoint["ldlm"] = self.description()
+        checkpoint["ldlm"] = self.about_run()
         if self.tokenizer is not None:
             checkpoint["tokenizer"] = pack_tokenizer(self.tokenizer)
-        if self.averaged is not None:
+        if self.averaged is not None and self.averages_stand():
             raw = self.raw or {name: checkpoint["state_dict"][name] for name in self.averaged}
             checkpoint["raw_parameters"] = raw
             checkpoint["state_dict"] = checkpoint["state_dict"] | self.averaged

@@ -55,6 +55,7 @@ from ldlm.module import LDLM
 from ldlm.packing import name_tokenizer, tokenizer_digest
 from ldlm.parsing import Fault, explain, fail, value_of
 from ldlm.recipes import check
+from ldlm.resuming import begin_anew, left_by_another_job
 from ldlm.saving import last_checkpoint, last_of_run
 from ldlm.stages import FixedLatents, TokenDecoderStage
 from ldlm.watch import ReconstructionWriter
@@ -225,10 +226,13 @@ class LDLMCLI(LightningCLI):
             self._take_stored(self.stored, given)
         elif given.latents is not None:
             callbacks.insert(0, FixedLatents(given.latents))  # before EMA asks what is trainable
-        if given.get("ckpt_path") == "last" and self.config.subcommand == "fit":
-            self.config_init["fit"].ckpt_path = last_of_run(self.trainer)
-        if self.config.subcommand == "fit":  # now, and not after hours of packing
-            check_encoder(self.model.token_encoder, self.model.tokenizer)
+        if self.config.subcommand == "fit":
+            last = given.get("ckpt_path") == "last"
+            if last:
+                self.config_init["fit"].ckpt_path = last_of_run(self.trainer)
+            if self.config_init["fit"].ckpt_path is None and (last or left_by_another_job(self.trainer)):
+                begin_anew(self.trainer)
+            check_encoder(self.model.token_encoder, self.model.tokenizer)  # now, and not after hours of packing
 
     def _take_stored(self, stored: LDLM, options: Namespace) -> None:
         """Compare what was given with what the checkpoint holds."""
