@@ -118,8 +118,10 @@ class AdaptiveTimestepUpdate(Recorded):
         as_ldlm(pl_module).refresh_every = self.every_n_steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, which a resumed run knows only now."""
+        """Note the step, which a resumed run knows only now; forget the half step of a fit that failed."""
         self._step = trainer.global_step
+        if as_ldlm(pl_module).diffusion_weight > 0:
+            as_ldlm(pl_module).timesteps.synchronize(torch.ones((), device=pl_module.device))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int

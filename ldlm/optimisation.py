@@ -82,7 +82,8 @@ class Optimisation(Storage):
                 f"the ranks would go on from different steps, {steps.flatten().tolist()}: give --ckpt_path a file that "
                 "all of them can read"
             )
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        loop = self.trainer.fit_loop.epoch_loop
+        progress = loop.batch_progress
         parts, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
         parts_then, batches_then = self.counted or (parts, batches)
         ready = progress.current.ready
@@ -93,6 +94,8 @@ class Optimisation(Storage):
             before, done = before * int(batches) // int(batches_then), done * int(batches) // int(batches_then)
         if not progress.is_last_batch:
             done -= done % parts
+            if ready % parts_then and loop.restarted_on_train_batch_end:
+                loop._batches_that_stepped -= 1  # the step of the loggers, which Lightning takes for made
         for counts, now in ((vars(progress.current), done), (vars(progress.total), before + done)):
             shift = now - counts["ready"]
             for name in counts:  # ready, started, processed, completed

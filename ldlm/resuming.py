@@ -172,6 +172,9 @@ def reopen_epoch(loops: Any) -> None:
     if cut and epochs["current"]["processed"] == epochs["current"]["ready"]:
         for counts in (epochs["total"], epochs["current"]):
             counts["completed"] = counts["processed"] = counts["processed"] - 1
+    # Nor does the state of our loader, which is empty, keep a run from going on with another loader.
+    if not any(fit["state_dict"].get("combined_loader", [])):
+        fit["state_dict"].pop("combined_loader", None)
 
 
 def flat(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

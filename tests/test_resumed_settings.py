@@ -110,7 +110,7 @@ def test_all_that_differs_is_said_at_once(folder):
 
 def test_a_loader_of_ones_own_changes_nothing_of_this(folder):
     trainer = make_trainer(folder, callbacks(), max_steps=3)
-    with pytest.raises(ValueError, match="sigma_dec 1.0 and this one would go on with 2.0"):
+    with pytest.raises(ValueError, match=r"sigma_dec 1\.0 and this one would go on with 2\.0"):
         trainer.fit(make_model(**RATES, sigma_dec=2.0), DataLoader(rows(16), 4), ckpt_path=folder / "two.ckpt")
 
 

@@ -194,7 +194,7 @@ def test_validating_and_a_loader_of_ones_own_are_not_asked(stopped, tmp_path):
 
 def test_a_name_that_nothing_has_is_refused(stopped, tmp_path):
     model, data = make_model(allow_changes=["seed", "batchsize"]), make_data(tmp_path, seed=1)
-    with pytest.raises(ValueError, match=r"allow_changes names \['batchsize'\], but there are only .*batch_size, .*seed"):
+    with pytest.raises(ValueError, match=r"names \['batchsize'\], but there are only .*batch_size, .*seed"):
         make_trainer(tmp_path, recipe(), max_steps=3).fit(model, data, ckpt_path=stopped)
 
 
