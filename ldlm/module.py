@@ -30,7 +30,7 @@ from ldlm.noise import RowNoise, generator
 from ldlm.objective import MISSING_WARMUP, normal_like
 from ldlm.optimisation import Optimisation, guarded
 from ldlm.packing import load_tokenizer
-from ldlm.resuming import check_requeued, check_resumed, reopen_epoch
+from ldlm.resuming import check_requeued, check_resumed, count_calls, is_tuners_file, read_run, reopen_epoch
 from ldlm.samplers import EulerMaruyama, Sampler
 from ldlm.schedules import NoiseSchedule, TangentSchedule
 from ldlm.signals import StopOnSignal
@@ -213,15 +213,13 @@ class LDLM(Optimisation):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on as another run; else take the checkpoint's weights."""
-        if self.trainer.training:
+        if self.trainer.training and not is_tuners_file(self.trainer.ckpt_path):
             about = check_description(checkpoint.get("ldlm"), "the checkpoint")
-            run = about.get("run", {})
-            check_requeued(self.trainer.ckpt_path, run, self.trainer)
+            check_requeued(self.trainer.ckpt_path, read_run(about), self.trainer)
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             check_resumed(checkpoint, self.about_run(), self.token_encoder, data, self.allow_changes)
-            reopen_epoch(checkpoint["loops"])
-            if "batches" in run:
-                self.counted = run["accumulate_grad_batches"], run["batches"]
+            reopen_epoch(checkpoint.get("loops"))
+            self.counted = count_calls(read_run(about))
         super().on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:

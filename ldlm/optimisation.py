@@ -140,17 +140,19 @@ class LearningRate(torch.optim.lr_scheduler.LambdaLR):
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the state's step."""
-        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        """Go to the state's step; ValueError if it has none."""
+        if not isinstance(step := state_dict.get("last_epoch"), int):
+            raise ValueError(f"the checkpoint's learning rate has last_epoch={step!r} and not a step: use another")
+        self.last_epoch, self._step_count = step, step + 1
         self._last_lr = [
             base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
         ]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
-        if self._last_lr != state_dict["_last_lr"]:
+        if repr(self._last_lr) != repr(then := state_dict.get("_last_lr")):
             rank_zero_info(
-                f"the learning rate of step {self.last_epoch} is {self._last_lr[0]:.4g} and not the "
-                f"{state_dict['_last_lr'][0]:.4g} of the checkpoint's run: its arguments or the end of the run differ"
+                f"the learning rates of step {step} are {self._last_lr}, and not {then} as in the checkpoint's run: "
+                "their arguments or the end of the run differ"
             )
 
 

@@ -34,7 +34,8 @@ APPLIED = (
     "max_steps",
     "max_epochs",
 )
-BEGINS = ("EMA.decay",)  # may begin with a resumed run; `Storage` refuses that it ends
+# What one of the two runs may be without. (That averaging ends is refused by `Storage`.)
+OPTIONAL = ("EMA.decay", "tokenizer")
 FREE = ("sampler", "grid", "batches", "job")  # training does not depend on them
 
 
@@ -67,8 +68,15 @@ def record_run(trainer: L.Trainer, tokenizer: PreTrainedTokenizerBase | None) ->
         "max_steps": trainer.max_steps,
         "max_epochs": trainer.max_epochs,
         "batches": trainer.num_training_batches,
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": name_job(trainer),
     }
+
+
+def name_job(trainer: L.Trainer) -> str | None:
+    """The SLURM job, which keeps its number when it is put back into the queue, and what it trains; None elsewhere."""
+    number = os.environ.get("SLURM_JOB_ID")
+    logger = trainer.logger
+    return number if number is None or logger is None else f"{number} ({logger.name})"
 
 
 def check_resumed(
@@ -90,7 +98,7 @@ def check_resumed(
     Raises:
         ValueError: If something differs that must not, naming both values; or if ``allowed`` has an unknown name.
     """
-    old, new = ({**flat(told["model"]["init_args"]), **told.get("run", {})} for told in (checkpoint["ldlm"], about))
+    old, new = (flat(told["model"]["init_args"]) | read_run(told) for told in (checkpoint["ldlm"], about))
     if isinstance(encoder, FrozenTokenEncoder) and old.get("token_encoder.sha256") is not None:
         encoder.frozen()
         new["token_encoder.sha256"] = encoder.sha256
@@ -112,7 +120,7 @@ def check_resumed(
     for theirs, ours in pairs:
         for name, was, now in differences(theirs, ours):
             told = f"the checkpoint's run has {name} {was} and this one would go on with {now}"
-            free = name in APPLIED or (name in BEGINS and None in (was, now))
+            free = name in APPLIED or (name in OPTIONAL and None in (was, now))
             if any(_covers(word, name) for word in allowed) or free:
                 rank_zero_info(f"{name}: {was} in the checkpoint's run, {now} from here on")
             else:
@@ -121,14 +129,29 @@ def check_resumed(
         names = ", ".join(refused)
         quoted = ", ".join(map(repr, refused))
         raise ValueError(
-            f"{'; '.join(refused.values())}: give the same, or insist with allow_changes=[{quoted}] of the model, "
-            f"--model.allow_changes [{names}]"
+            f"{'; '.join(refused.values())}: give the same, or insist with allow_changes=[{quoted}] of the model "
+            f"(of fit-decoder's stage), --model.allow_changes [{names}]"
         )
+
+
+def read_run(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a description's file says of the run that wrote it; ValueError if it says no such thing."""
+    run = about.get("run")
+    if not isinstance(run, dict) or not all(isinstance(name, str) for name in run):
+        raise ValueError("the checkpoint does not say what its run was like: training cannot go on from it")
+    return run
+
+
+def count_calls(run: Mapping[str, Any]) -> tuple[int, float] | None:
+    """The accumulated batches of a run and the calls of its epochs, infinity if not known; None if neither is told."""
+    parts, calls = run.get("accumulate_grad_batches"), run.get("batches")
+    told = isinstance(parts, int) and isinstance(calls, int | float) and parts > 0 and calls > 0
+    return (parts, calls) if told else None  # type: ignore[return-value]  # mypy does not see through `told`
 
 
 def check_requeued(path: str | os.PathLike[str] | None, run: Mapping[str, Any], trainer: L.Trainer) -> None:
     """Refuse another SLURM job's requeue file, which Lightning takes where no checkpoint is named; ValueError."""
-    if not SLURMEnvironment.detect() or run.get("job") == os.environ.get("SLURM_JOB_ID"):
+    if not SLURMEnvironment.detect() or run.get("job") == name_job(trainer):
         return
     if path is not None and str(path) == trainer._checkpoint_connector._hpc_resume_path:
         raise ValueError(
@@ -146,7 +169,7 @@ def left_by_another_job(trainer: L.Trainer) -> bool:
         job = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["ldlm"]["run"]["job"]
     except Exception:  # untrusted bytes can make the reader raise anything; whose they are is not known then
         job = None
-    other = bool(job != os.environ.get("SLURM_JOB_ID"))
+    other = bool(job != name_job(trainer))
     if other:
         rank_zero_info(f"{path} was left by the SLURM job {job}: it is passed over, and training starts from scratch")
     return other
@@ -160,21 +183,32 @@ def begin_anew(trainer: L.Trainer) -> None:
     trainer._checkpoint_connector._user_managed = True  # as if `trainer.ckpt_path` had been set, to None
 
 
+def is_tuners_file(path: str | os.PathLike[str] | None) -> bool:
+    """Say whether Lightning's (2.6.6) tuner puts a run back to where it stood, which has other settings meanwhile."""
+    return path is not None and os.path.basename(path).startswith((".lr_find_", ".scale_batch_size_"))
+
+
 def reopen_epoch(loops: Any) -> None:
     """Let an epoch that was cut short go on: Lightning counts it as finished in files written after its last step.
 
     Args:
         loops: A checkpoint's state of Lightning's (2.6.6) loops, changed in place.
+
+    Raises:
+        ValueError: If it is something else.
     """
-    fit = loops["fit_loop"]
-    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
-    cut = not batches["is_last_batch"] and batches["current"]["ready"] > 0
-    if cut and epochs["current"]["processed"] == epochs["current"]["ready"]:
-        for counts in (epochs["total"], epochs["current"]):
-            counts["completed"] = counts["processed"] = counts["processed"] - 1
-    # Nor does the state of our loader, which is empty, keep a run from going on with another loader.
-    if not any(fit["state_dict"].get("combined_loader", [])):
-        fit["state_dict"].pop("combined_loader", None)
+    try:
+        fit = loops["fit_loop"]
+        epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+        cut = not batches["is_last_batch"] and batches["current"]["ready"] > 0
+        if cut and epochs["current"]["processed"] == epochs["current"]["ready"]:
+            for counts in (epochs["total"], epochs["current"]):
+                counts["completed"] = counts["processed"] = counts["processed"] - 1
+        # Our loader's state is empty, and does not keep a run from going on with another loader.
+        if not any(fit["state_dict"].get("combined_loader", [])):
+            fit["state_dict"].pop("combined_loader", None)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the checkpoint does not say how far its run came ({error!r}): use another") from error
 
 
 def flat(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -88,6 +88,14 @@ def test_another_number_of_accumulated_batches_changes_no_epoch_and_no_validatio
     assert_goes_on(whole, fit(tmp_path, resume="a.ckpt", accumulate_grad_batches=after, **common), step)
 
 
+def test_an_epoch_goes_on_at_the_same_share_of_it_with_another_batch_size_that_is_insisted_on(tmp_path):
+    common = {"max_epochs": 3, "model": {"allow_changes": ["batch_size"]}}
+    fit(tmp_path, Saves(tmp_path / "a.ckpt", 8, 2), **common)  # a third of the second epoch, of six steps
+    rest = fit(tmp_path, resume="a.ckpt", data=make_data(tmp_path, batch_size=8), **common)
+    assert rest.steps == 8 + 2 + 3
+    assert rest.validations == [(10, 1), (13, 2)]
+
+
 def test_validation_by_steps_over_all_epochs_goes_on_counting_in_this_runs_calls(tmp_path):
     common = {"max_steps": 16, "check_val_every_n_epoch": None, "max_epochs": -1}
     first = fit(tmp_path, Saves(tmp_path / "a.ckpt", 7, 1), val_check_interval=4, **common | {"max_steps": 7})
@@ -153,7 +161,7 @@ def test_a_run_that_is_extended_falls_as_if_it_had_been_as_long_from_the_start(t
     want = {step: 1e-3 * min(1, (20 - step) / 10) for step in range(10, 20)}
     assert rest.rates == pytest.approx(want, rel=1e-12)
     assert len(said) == 1
-    assert said[0].startswith("the learning rate of step 10 is 0.001 and not the 0 of the checkpoint's run")
+    assert said[0].startswith("the learning rates of step 10 are [0.001], and not [0.0] as in the checkpoint's run")
 
 
 # --- epochs made shorter
