@@ -57,8 +57,8 @@ class CacheHiddenStates(Recorded):
         self.max_gb = max_gb
 
     def settings(self) -> dict[str, Any]:
-        """The dtype in which states are kept; the encoder's own changes nothing."""
-        return {"dtype": self.dtype}
+        """The dtype in which states are kept, unless it is the encoder's own, which changes nothing."""
+        return {} if self.dtype is None else {"dtype": self.dtype}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """One process of each machine writes the file if it is not there; all of them map it."""

@@ -116,21 +116,21 @@ def check_resumed(
     known = {name for pair in pairs for values in pair for name in values}
     if unknown := sorted(name for name in allowed if not any(_covers(name, other) for other in known)):
         raise ValueError(f"allow_changes names {unknown}, but there are only {', '.join(sorted(known - {*FREE}))}")
-    refused: dict[str, str] = {}
+    refused: dict[str, tuple[Any, Any]] = {}
     for theirs, ours in pairs:
         for name, was, now in differences(theirs, ours):
-            told = f"the checkpoint's run has {name} {was} and this one would go on with {now}"
             free = name in APPLIED or (name in OPTIONAL and None in (was, now))
             if any(_covers(word, name) for word in allowed) or free:
                 rank_zero_info(f"{name}: {was} in the checkpoint's run, {now} from here on")
             else:
-                refused.setdefault(name, told)
+                refused.setdefault(name, (was, now))
     if refused:
-        names = ", ".join(refused)
-        quoted = ", ".join(map(repr, refused))
+        name, (was, now) = next(iter(refused.items()))
+        others = [f"{other} ({values[0]}, {values[1]})" for other, values in refused.items() if other != name]
         raise ValueError(
-            f"{'; '.join(refused.values())}: give the same, or insist with allow_changes=[{quoted}] of the model "
-            f"(of fit-decoder's stage), --model.allow_changes [{names}]"
+            f"the checkpoint's run has {name} {was} and this one would go on with {now}: give the same, or insist with "
+            f"allow_changes={[*refused]} of the model (of fit-decoder's stage), --model.allow_changes "
+            f"[{', '.join(refused)}]{'; different too: ' if others else ''}{', '.join(others)}"
         )
 
 

@@ -105,7 +105,9 @@ def test_a_part_of_another_class_is_one_difference_and_not_one_for_each_argument
 
 def test_all_that_differs_is_said_at_once(folder):
     model = make_model(**RATES | {"sigma_dec": 2.0, "eps": 1e-6}, allow_changes=["eps"])
-    with pytest.raises(ValueError, match=r"sigma_dec 1.0.*; the.*EMA.decay 0.9.* \[sigma_dec, EMA.decay\]$"):
+    with pytest.raises(
+        ValueError, match=r"sigma_dec 1.0 .* \[sigma_dec, EMA.decay\]; different too: EMA.decay \(0.9, 0.5\)$"
+    ):
         resume(folder, model, callbacks(0.5))
 
 
