@@ -110,8 +110,8 @@ class AdaptiveTimestepUpdate(Recorded):
         self._step = 0
 
     def settings(self) -> dict[str, Any]:
-        """The interval."""
-        return {"every_n_steps": self.every_n_steps}
+        """All arguments."""
+        return dict(describe(self, kind=AdaptiveTimestepUpdate)["init_args"])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell the model that its timesteps are looked after."""
@@ -171,8 +171,8 @@ class EMA(Recorded):
         self._step = 0
 
     def settings(self) -> dict[str, Any]:
-        """The decay."""
-        return {"decay": self.decay}
+        """All arguments."""
+        return dict(describe(self, kind=EMA)["init_args"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the averages before a checkpoint is restored; the same Trainer's next fit goes on with its own."""

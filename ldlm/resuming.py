@@ -145,8 +145,9 @@ def read_run(about: Mapping[str, Any]) -> dict[str, Any]:
 def count_calls(run: Mapping[str, Any]) -> tuple[int, float] | None:
     """The accumulated batches of a run and the calls of its epochs, infinity if not known; None if neither is told."""
     parts, calls = run.get("accumulate_grad_batches"), run.get("batches")
-    told = isinstance(parts, int) and isinstance(calls, int | float) and parts > 0 and calls > 0
-    return (parts, calls) if told else None  # type: ignore[return-value]  # mypy does not see through `told`
+    if isinstance(parts, int) and isinstance(calls, int | float) and parts > 0 and calls > 0:
+        return parts, calls
+    return None
 
 
 def check_requeued(path: str | os.PathLike[str] | None, run: Mapping[str, Any], trainer: L.Trainer) -> None:

@@ -64,7 +64,9 @@ class Storage(Generation):
 
     def about_run(self) -> dict[str, Any]:
         """The description, and what else changes the result of the run at hand."""
-        return self.description() | {"run": record_run(self.trainer, self.tokenizer) | self.sources()}
+        about = self.description() | {"run": record_run(self.trainer, self.tokenizer) | self.sources()}
+        # By way of JSON a number is of no class of its own, such as numpy's, which reading would refuse.
+        return dict(json.loads(json.dumps(about)))
 
     def sources(self) -> dict[str, Any]:
         """What a module that trains another model's parts took them from; a hook for such modules."""

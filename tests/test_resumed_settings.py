@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.tuner import Tuner
@@ -109,6 +110,13 @@ def test_all_that_differs_is_said_at_once(folder):
         ValueError, match=r"sigma_dec 1.0 .* \[sigma_dec, EMA.decay\]; different too: EMA.decay \(0.9, 0.5\)$"
     ):
         resume(folder, model, callbacks(0.5))
+
+
+def test_a_setting_of_numpys_is_a_number_and_can_be_read(folder):
+    resume(folder, make_model(**RATES), callbacks(np.float64(0.9)))
+    resume(folder, make_model(**RATES), callbacks(), "next.ckpt", steps=4)
+    with pytest.raises(ValueError, match=r"EMA\.decay is a float32, which a checkpoint cannot describe"):
+        resume(folder, make_model(**RATES), callbacks(np.float32(0.9)))
 
 
 def test_a_loader_of_ones_own_changes_nothing_of_this(folder):
