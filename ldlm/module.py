@@ -30,7 +30,8 @@ from ldlm.noise import RowNoise, generator
 from ldlm.objective import MISSING_WARMUP, normal_like
 from ldlm.optimisation import Optimisation, guarded
 from ldlm.packing import load_tokenizer
-from ldlm.resuming import check_requeued, check_resumed, count_calls, is_tuners_file, read_run, reopen_epoch
+from ldlm.restoring import is_tuners_file
+from ldlm.resuming import check_requeued, check_resumed, count_calls, read_run, reopen_epoch
 from ldlm.samplers import EulerMaruyama, Sampler
 from ldlm.schedules import NoiseSchedule, TangentSchedule
 from ldlm.signals import StopOnSignal

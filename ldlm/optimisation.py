@@ -157,18 +157,8 @@ class LearningRate(torch.optim.lr_scheduler.LambdaLR):
 
 
 def keep_options(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A restored optimizer's state with the options that this one was made with, not those of the state.
-
-    Raises:
-        ValueError: If the state is of another number of parameters.
-    """
+    """A restored optimizer's state with the options that this one was made with, not those of the state."""
     groups, own = state["param_groups"], optimizer.param_groups
-    counts = [[len(group["params"]) for group in these] for these in (groups, own)]
-    if counts[0] != counts[1]:
-        raise ValueError(
-            f"the checkpoint's optimizer has {sum(counts[0])} parameters and this model trains {sum(counts[1])}: "
-            "freeze the same parts as its run did, or begin a new run with its weights"
-        )
     kept = [group | {k: v for k, v in mine.items() if k != "params"} for group, mine in zip(groups, own, strict=True)]
     return state | {"param_groups": kept}
 

@@ -8,6 +8,7 @@ of this run's own state, so that a malformed file ends before the first step and
 """
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,9 @@ class CheckedStates(_CheckpointConnector):
     def restore_training_state(self) -> None:
         """Counts of the loops, the loss scaler, optimizers and their schedulers."""
         checkpoint, trainer = self._loaded_checkpoint, self.trainer
+        if is_tuners_file(trainer.ckpt_path):  # after a failure the tuner's own schedule is in place of ours
+            super().restore_training_state()
+            return
         checkpoint.pop("native_amp_scaling_state", None)  # another place of the loss scaler's, of old versions
         with one_sentence("its state of the training"):
             if "loops" in checkpoint:
@@ -90,14 +94,19 @@ class CheckedStates(_CheckpointConnector):
                 check_each("lr_schedulers", checkpoint, [scheduler.state_dict() for scheduler in schedulers])
                 check_each("optimizer_states", checkpoint, [options(own) for own in trainer.optimizers])
                 for state, own in zip(checkpoint["optimizer_states"], trainer.optimizers, strict=True):
-                    count = sum(len(group["params"]) for group in state["param_groups"])
-                    check_moments(state["state"], count, own)
+                    check_counts(state["param_groups"], own)
+                    check_moments(state["state"], own)
             super().restore_training_state()
         if trainer.training and checkpoint and checkpoint.get("global_step") != trainer.global_step:
             raise wrong("global_step", checkpoint.get("global_step"), f"its loops' own {trainer.global_step}")
 
 
 COUNTS = {"epoch": 0, "global_step": 0}
+
+
+def is_tuners_file(path: str | os.PathLike[str] | None) -> bool:
+    """Say whether Lightning's (2.6.6) tuner puts a run back to where it stood, which has other settings meanwhile."""
+    return path is not None and os.path.basename(path).startswith((".lr_find_", ".scale_batch_size_"))
 
 
 @contextmanager
@@ -197,22 +206,25 @@ def options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**optimizer.state_dict(), "state": {}, "param_groups": groups}
 
 
-def check_moments(states: dict[int, dict[str, Any]], count: int, optimizer: torch.optim.Optimizer) -> None:
+def check_counts(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """ValueError if an optimizer's state is of another number of parameters, as where another part was frozen."""
+    theirs, ours = ([len(group["params"]) for group in these] for these in (groups, optimizer.param_groups))
+    if theirs != ours:
+        raise ValueError(
+            f"the checkpoint's optimizer has {sum(theirs)} parameters and this model trains {sum(ours)}: freeze the "
+            "same parts as its run did, or begin a new run with its weights"
+        )
+
+
+def check_moments(states: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
     """Compare the tensors that an optimizer keeps for each parameter with the parameters.
 
     A fused step reads as many numbers of each tensor as the parameter has, whatever the tensor's own shape.
-
-    Args:
-        states: By the parameter's number.
-        count: Parameters that the states are of.
-        optimizer: What they are for.
 
     Raises:
         ValueError: If a parameter is unknown, or a tensor of Adam's has another shape than it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if count != len(parameters):
-        return  # which torch, or `optimisation.keep_options`, says in its own words
     for index, state in states.items():
         name = f"optimizer_states.{index}"
         if not isinstance(index, int) or not 0 <= index < len(parameters):

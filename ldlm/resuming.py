@@ -184,11 +184,6 @@ def begin_anew(trainer: L.Trainer) -> None:
     trainer._checkpoint_connector._user_managed = True  # as if `trainer.ckpt_path` had been set, to None
 
 
-def is_tuners_file(path: str | os.PathLike[str] | None) -> bool:
-    """Say whether Lightning's (2.6.6) tuner puts a run back to where it stood, which has other settings meanwhile."""
-    return path is not None and os.path.basename(path).startswith((".lr_find_", ".scale_batch_size_"))
-
-
 def reopen_epoch(loops: Any) -> None:
     """Let an epoch that was cut short go on: Lightning counts it as finished in files written after its last step.
 
