@@ -59,7 +59,7 @@ class TokenEncoder(nn.Module, abc.ABC):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [b n] -> normalised hidden states [b n h], float32."""
-        return ((self.stored or self.hidden_states)(tokens).float() - self.mean) / self.std
+        return (self._raw(tokens).float() - self.mean) / self.std
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[Tensor], rows: int) -> None:
@@ -75,7 +75,7 @@ class TokenEncoder(nn.Module, abc.ABC):
         sums = torch.zeros(2, self.hidden_size, dtype=torch.float64, device=self.mean.device)
         count = seen = 0
         for tokens in batches:
-            hidden = (self.stored or self.hidden_states)(tokens.to(self.mean.device)).double().flatten(0, 1)
+            hidden = self._raw(tokens.to(self.mean.device)).double().flatten(0, 1)
             sums += torch.stack([hidden.sum(0), hidden.square().sum(0)])
             count, seen = count + len(hidden), seen + len(tokens)
             if seen * ranks >= rows:
@@ -87,6 +87,10 @@ class TokenEncoder(nn.Module, abc.ABC):
         self.mean.copy_(mean)
         self.std.copy_((square - mean.square()).clamp(min=0).sqrt().clamp(min=MIN_STD))
         self.statistics_rows.copy_(totals[-1])
+
+    def _raw(self, tokens: Tensor) -> Tensor:
+        """Raw hidden states, stored or computed."""
+        return self.hidden_states(tokens) if self.stored is None else self.stored(tokens)
 
 
 class FrozenTokenEncoder(TokenEncoder):

@@ -110,13 +110,17 @@ class LDLM(Optimisation):
         super().__init__()
         h, v, n = token_encoder.hidden_size, token_encoder.vocab_size, sequence_length
         self.token_encoder = token_encoder
-        self.latent_encoder = latent_encoder or PerceiverResamplerEncoder(h, h, n, width=h)
-        d, m = self.latent_encoder.latent_size, self.latent_encoder.num_latents
-        self.denoiser = denoiser or DiT(d, m, width=h)
-        self.latent_decoder = latent_decoder or PerceiverResamplerDecoder(h, d, n, m, width=h)
-        self.token_decoder = token_decoder or TransformerTokenDecoder(h, v)
-        self.schedule = schedule or TangentSchedule()
-        self.timesteps = timesteps or AdaptiveTimesteps()
+        if latent_encoder is None:
+            latent_encoder = PerceiverResamplerEncoder(h, h, n, width=h)
+        d, m = latent_encoder.latent_size, latent_encoder.num_latents
+        self.latent_encoder = latent_encoder
+        self.denoiser = DiT(d, m, width=h) if denoiser is None else denoiser
+        if latent_decoder is None:
+            latent_decoder = PerceiverResamplerDecoder(h, d, n, m, width=h)
+        self.latent_decoder = latent_decoder
+        self.token_decoder = TransformerTokenDecoder(h, v) if token_decoder is None else token_decoder
+        self.schedule = TangentSchedule() if schedule is None else schedule
+        self.timesteps = AdaptiveTimesteps() if timesteps is None else timesteps
         self.tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
         self.sequence_length = sequence_length
         self.sigma_dec = sigma_dec
@@ -128,8 +132,8 @@ class LDLM(Optimisation):
         self.self_conditioning = self_conditioning
         self.hidden_masking = hidden_masking
         self.statistics_rows = statistics_rows
-        self.sampler = sampler or EulerMaruyama()
-        self.grid = grid or UniformGrid()
+        self.sampler = EulerMaruyama() if sampler is None else sampler
+        self.grid = UniformGrid() if grid is None else grid
         self.learning_rate = learning_rate
         self.betas = betas
         self.eps = eps

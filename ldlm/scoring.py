@@ -59,7 +59,7 @@ class ScoreSamples(L.Callback):
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
-        values = self._scores(trainer, as_ldlm(pl_module), self._loaded) if self._loaded else {}
+        values = self._scores(trainer, as_ldlm(pl_module), self._loaded) if self._loaded is not None else {}
         values = trainer.strategy.broadcast(values)
         # All ranks have the same by now, but without sync_dist Lightning would warn.
         pl_module.log_dict({f"validation/{name}": value for name, value in values.items()}, sync_dist=True)
@@ -70,7 +70,7 @@ class ScoreSamples(L.Callback):
         texts, special_tokens = model.to_text(tokens), self._definition.special_tokens
         length = self._definition.limit(model.sequence_length, scorer)
         perplexity, diversity = GenerativePerplexity(scorer, self.protocol, max_length=length), NGramDiversity()
-        entropy = UnigramEntropy(model.tokenizer.all_special_ids if model.tokenizer else ())
+        entropy = UnigramEntropy(model.tokenizer.all_special_ids if model.tokenizer is not None else ())
         metrics = {"generative_perplexity": perplexity, "entropy": entropy, "diversity": diversity}
         for metric in metrics.values():
             metric.distributed_available_fn = None  # the other ranks have no texts to add, and would be waited for

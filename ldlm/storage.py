@@ -96,8 +96,8 @@ class Storage(Generation):
         if self.tokenizer is not None:
             checkpoint["tokenizer"] = pack_tokenizer(self.tokenizer)
         if self.averaged is not None:
-            raw = self.raw or {name: checkpoint["state_dict"][name] for name in self.averaged}
-            checkpoint["raw_parameters"] = raw
+            live = {name: checkpoint["state_dict"][name] for name in self.averaged} if self.raw is None else self.raw
+            checkpoint["raw_parameters"] = live
             checkpoint["state_dict"] = checkpoint["state_dict"] | self.averaged
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def sample(
 
 def without_specials(model: LDLM, tokens: Tensor) -> list[list[int]]:
     """The ids of each row [b n] that are not special tokens, on which entropy is measured."""
-    specials = set(model.tokenizer.all_special_ids) if model.tokenizer else set()
+    specials = set(model.tokenizer.all_special_ids) if model.tokenizer is not None else set()
     return [[token for token in row if token not in specials] for row in tokens.tolist()]
 
 

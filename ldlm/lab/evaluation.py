@@ -125,7 +125,7 @@ class Measure:
             read: Each of these as `read` gives it.
             real: Features of real texts for MAUVE, as many as a set has [num h].
         """
-        specials = self.tokenizer.all_special_ids if self.tokenizer else ()
+        specials = self.tokenizer.all_special_ids if self.tokenizer is not None else ()
         perplexities = [each.perplexity for each in read]
         entropies, diversities = [UnigramEntropy(specials) for _ in sets], [NGramDiversity() for _ in sets]
         for entropy, diversity, one in zip(entropies, diversities, sets, strict=True):

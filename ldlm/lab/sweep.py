@@ -62,7 +62,7 @@ def write_scores(options: argparse.Namespace) -> None:
     find_protocol(options.protocol)
     sampler, grid = named(options.sampler, SAMPLERS), named(options.grid, GRIDS)
     samples = read_sources(options)
-    counts = [len(found.texts) if found else options.num_samples for found in samples.values()]
+    counts = [len(found.texts) if found is not None else options.num_samples for found in samples.values()]
     real = read_references(options, max(counts)) if options.reference else None
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     theirs = published(options.published)
@@ -149,7 +149,7 @@ class Sweep:
         if max_length is None:
             max_length = protocol.limit(model.sequence_length, self.scorer)
         measure = Measure(self.scorer, options.protocol, max_length, model.tokenizer, "of the model", self.known)
-        if options.measure and self.real:
+        if options.measure and self.real is not None:
             with torch.no_grad():  # that there is no token encoder, or too little text, is better told before sampling
                 model.encode(pack(model, self.real.texts, options.num_samples, True)[:1].to(self.device))
         for nfe in options.nfe:
@@ -162,7 +162,10 @@ class Sweep:
                 scored = model.to_text(tokens, protocol.special_tokens)
                 sets.append(Texts(model.to_text(tokens), without_specials(model, tokens), scored))
             sampling = {name: vars(one)[name] for name in ("nfe", "seeds", "batch_size", "temperature", "precision")}
-            sampling |= {"sampler": describe(sampler or model.sampler), "grid": describe(grid or model.grid)}
+            sampling |= {
+                "sampler": describe(model.sampler if sampler is None else sampler),
+                "grid": describe(model.grid if grid is None else grid),
+            }
             per_text = seconds / (len(options.seeds) * options.num_samples)
             sampling |= {"seconds": round(seconds, 3), "seconds_per_text": float(f"{per_text:.4g}")}
             specials = "kept" if protocol.special_tokens else "removed"
@@ -185,7 +188,7 @@ class Sweep:
         """One run as it is written down."""
         reference, real = self._reference(measure, len(sets[0].texts))
         shown = self.samples[about["name"]] = [{"generated": text} for text in sets[0].texts[:SHOWN]]
-        for row, text in zip(shown, self.real.texts if self.real else [], strict=False):
+        for row, text in zip(shown, self.real.texts if self.real is not None else [], strict=False):
             row["real"] = text
         scorer, protocol = self.scorer, find_protocol(measure.protocol)
         return {
@@ -194,7 +197,10 @@ class Sweep:
             "reference": reference,
             "protocol": {"name": measure.protocol, "definition": protocol.definition, "special_tokens": specials},
             "scorer": {"name": short(scorer.name), "sha256": scorer.sha256, "dtype": scorer.dtype}
-            | {"context": scorer.context, "max_length": measure.max_length or scorer.context},
+            | {
+                "context": scorer.context,
+                "max_length": scorer.context if measure.max_length is None else measure.max_length,
+            },
             "sampling": sampling,
             "versions": versions(),
             "device": device_name(self.device),
@@ -223,7 +229,7 @@ class Sweep:
 
         options, first = self.options, tokens[:, 0]
         framed = model.tokenizer is not None and bool((first == bos_id(model.tokenizer)).float().mean() > 0.5)
-        rows = pack(model, self.real.texts if self.real else [], options.num_samples, framed)
+        rows = pack(model, self.real.texts if self.real is not None else [], options.num_samples, framed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
             found = measure_latents(model, rows, perplexity, options.seeds[0], options.batch_size)
         return {"texts": identity(options.reference), "framed": framed, **found}
