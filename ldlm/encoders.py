@@ -70,6 +70,9 @@ class TokenEncoder(nn.Module, abc.ABC):
         Args:
             batches: Token ids [b n], as this rank's loader gives them.
             rows: Rows over all ranks.
+
+        Raises:
+            ValueError: If there are no batches, or none has a row; nothing is changed then.
         """
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         sums = torch.zeros(2, self.hidden_size, dtype=torch.float64, device=self.mean.device)
@@ -83,6 +86,11 @@ class TokenEncoder(nn.Module, abc.ABC):
         totals = torch.cat([sums.flatten(), sums.new_tensor([count, seen])])
         if ranks > 1:
             dist.all_reduce(totals)
+        if not totals[-1]:
+            raise ValueError(
+                "the training loader gives no rows, so there is nothing to measure the hidden states' mean and "
+                "deviation on, and nothing to train on: look at its data set, drop_last and limit_train_batches"
+            )
         mean, square = totals[:-2].view(2, -1) / totals[-2]
         self.mean.copy_(mean)
         self.std.copy_((square - mean.square()).clamp(min=0).sqrt().clamp(min=MIN_STD))

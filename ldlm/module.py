@@ -7,15 +7,15 @@ What is minimised stands in `objective.py`, sampling in `generation.py`, files i
 `optimisation.py`, what watches over a run in `guards.py` and `signals.py`.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.agreement import check_data, check_encoder, check_parts, check_strategy
+from ldlm.agreement import check_callbacks, check_data, check_encoder, check_parts, check_strategy, tokens_of
 from ldlm.checkpoints import check_description
 from ldlm.data import PackedTextDataModule, check_resumed
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
@@ -196,6 +196,7 @@ class LDLM(Optimisation):
         """Refuse strategies that cannot work; forget an earlier fit's gamma, so that each fit asks for its warm-up."""
         check_strategy(self.trainer.strategy)
         if stage == "fit":
+            check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
             self.gamma = self.skipped = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -230,9 +231,21 @@ class LDLM(Optimisation):
             )
         if self.token_encoder.statistics_rows == 0:
             self.trainer.fit_loop.setup_data()
-            loader: Iterable[Tensor] = self.trainer.train_dataloader or []
-            self.token_encoder.fit_statistics(loader, self.statistics_rows)
+            loader = self.trainer.train_dataloader
+            loaders = [] if loader is None else CombinedLoader(loader).flattened
+            if len(loaders) > 1:
+                raise ValueError(f"the trainer was given {len(loaders)} training loaders together: give one")
+            batches = (self.on_before_batch_transfer(batch, 0) for loader in loaders for batch in loader)
+            self.token_encoder.fit_statistics(batches, self.statistics_rows)
             self.token_decoder.start(self.token_encoder)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """A loader's batch -> its token ids, int64 [b n], which all steps and callbacks are given; see `tokens_of`.
+
+        A seam for loaders whose token ids stand elsewhere in a batch. (A data module that overrides this hook takes its
+        place, as Lightning then warns.)
+        """
+        return tokens_of(batch, self.sequence_length, self.token_encoder.vocab_size)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One micro-step. All randomness is a function of (seed, step, micro-step, rank)."""
@@ -256,7 +269,7 @@ class LDLM(Optimisation):
         self.log_dict(self.logged)
         return guarded(losses.total)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor] | None:
         """Losses at evenly spread times, and the accuracy of clean and noised reconstruction."""
         # The last batch may leave a rank nothing; it still takes part in the sums over ranks, with no weight.
         rows, batch = len(batch), batch if len(batch) else batch.new_zeros(1, self.sequence_length)
@@ -276,10 +289,10 @@ class LDLM(Optimisation):
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=rows, sync_dist=True)
         return {"u": u, "loss": losses.rows} if rows and self.diffusion_weight > 0 else None
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
+    def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor] | None:
         """The same on the test rows."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Token ids [b n] -> their clean reconstruction [b n]."""
         return self.decode(self.encode(batch))

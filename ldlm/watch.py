@@ -7,7 +7,6 @@ Paper: Fig. 5 and 6.
 import json
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -161,8 +161,12 @@ class ShowSamples(L.Callback):
             console.print(f"Look at it:     tensorboard --logdir {writer.log_dir}", soft_wrap=True, markup=False)
 
     def _real(self, trainer: L.Trainer, model: LDLM) -> list[str]:
-        loader: Iterable[Tensor] = trainer.val_dataloaders or trainer.train_dataloader or []
-        return model.to_text(next(iter(loader))[: self.num_samples])
+        """Texts of the first batch of the first loader that has one, held-out rows before those trained on."""
+        given = [loaders for loaders in (trainer.val_dataloaders, trainer.train_dataloader) if loaders is not None]
+        for loader in CombinedLoader(given, mode="sequential").flattened:
+            for batch in loader:
+                return model.to_text(model.on_before_batch_transfer(batch, 0)[: self.num_samples])
+        return []
 
 
 class ReconstructionWriter(L.Callback):
