@@ -8,7 +8,15 @@ from collections.abc import Mapping
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +27,25 @@ from ldlm.denoiser import Denoiser
 from ldlm.encoders import FrozenTokenEncoder, TokenEncoder
 from ldlm.latents import LatentDecoder, LatentEncoder
 from ldlm.packing import name_tokenizer, tokenizer_digest, vocabulary_size
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+AVERAGING = "averages weights where neither validation nor checkpoints here would look: use ldlm.callbacks.EMA"
+TUNING = (
+    "trains before the run begins and without its other callbacks, so without the warm-up and before the hidden "
+    "states' mean and deviation are measured: leave it out (after Tuner, take a new Trainer), and compare short runs"
+)
+REFUSED = {
+    BaseFinetuning: "changes what is trained in the midst of a run: freeze parameters before it, or use "
+    "ldlm.stages.FixedLatents, and train on from a checkpoint",
+    BatchSizeFinder: TUNING,
+    GradientAccumulationScheduler: "would change the rows of an optimizer step from epoch to epoch, and noise, times, "
+    "the order of rows and resumed runs count on their number: leave it out, and give the trainer one "
+    "accumulate_grad_batches",
+    LearningRateFinder: TUNING,
+    ModelPruning: "renames the parameters, and no checkpoint could be read again: prune a trained model",
+    StochasticWeightAveraging: AVERAGING,
+    WeightAveraging: AVERAGING,
+}
 
 
 def check_parts(
@@ -116,7 +143,7 @@ def tokens_of(batch: object, sequence_length: int, vocab_size: int) -> Tensor:
         raise ValueError(
             f"a batch is {given}, but token ids are wanted: integers of shape [rows, {sequence_length}], as a tensor, "
             "as all that a list or tuple holds, or as 'input_ids' of a dictionary; mend the loader or its collate_fn, "
-            "or take the tokens out in on_before_batch_transfer of a subclass of LDLM"
+            "or take the tokens out in on_before_batch_transfer, a hook of models and data modules"
         )
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.device.type == "cpu" and not bool(mask.all()):
@@ -145,14 +172,20 @@ def _shown(value: object) -> str:
 
 
 def check_callbacks(callbacks: list[L.Callback]) -> None:
-    """Refuse callbacks that would change in the midst of a run what a step is here."""
+    """Refuse callbacks of Lightning's that would change in the midst of a run what is trained, or what a step is."""
     for callback in callbacks:
-        if isinstance(callback, GradientAccumulationScheduler):
-            raise ValueError(
-                "GradientAccumulationScheduler would change the rows of an optimizer step from epoch to epoch, and "
-                "noise, times, the order of rows and resumed runs count on their number: leave it out, and give the "
-                "trainer one accumulate_grad_batches"
-            )
+        for kind, reason in REFUSED.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"{type(callback).__name__} {reason}")
+
+
+def check_precision(precision: str) -> None:
+    """Refuse what is not float32 where it matters."""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision={precision!r} is not supported, as weights, losses and bin statistics are float32 here: use "
+            "'bf16-mixed', which computes in 16 bits and keeps 32, or '32-true'"
+        )
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -11,11 +11,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.agreement import check_callbacks, check_data, check_encoder, check_parts, check_strategy, tokens_of
+from ldlm.agreement import (
+    check_callbacks,
+    check_data,
+    check_encoder,
+    check_parts,
+    check_precision,
+    check_strategy,
+    tokens_of,
+)
 from ldlm.checkpoints import check_description
 from ldlm.data import PackedTextDataModule, check_resumed
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
@@ -190,14 +198,21 @@ class LDLM(Optimisation):
         """The guards of every run, but for those that the trainer's own callbacks bring already."""
         guards: list[L.Callback] = [BadSteps(), LatentWatch(), StopOnSignal()]
         there: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.trainer.training:
+            check_callbacks(there)  # now, before one of them has changed the model
         return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in there)]
 
     def setup(self, stage: str) -> None:
         """Refuse strategies that cannot work; forget an earlier fit's gamma, so that each fit asks for its warm-up."""
         check_strategy(self.trainer.strategy)
+        check_precision(str(self.trainer.precision))
         if stage == "fit":
-            check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
             self.gamma = self.skipped = None
+        elif self.token_encoder.statistics_rows == 0:
+            rank_zero_warn(
+                "the hidden states' mean and deviation were never measured, as this model was never fitted: the "
+                "numbers that follow say nothing of a trained one"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on as another run; else take the checkpoint's weights."""
@@ -212,11 +227,6 @@ class LDLM(Optimisation):
         """Refuse what would fail or mislead later; measure the hidden states' statistics, once."""
         if self.gamma is None and self.diffusion_weight > 0:
             raise ValueError(MISSING_WARMUP)
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"precision={self.trainer.precision!r} would keep weights and bin statistics in 16 bits: "
-                "use 'bf16-mixed', which computes in 16 bits and keeps 32"
-            )
         self.description()  # a part that no checkpoint could describe is found now, not at the first checkpoint
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, PackedTextDataModule):
@@ -235,16 +245,18 @@ class LDLM(Optimisation):
             loaders = [] if loader is None else CombinedLoader(loader).flattened
             if len(loaders) > 1:
                 raise ValueError(f"the trainer was given {len(loaders)} training loaders together: give one")
-            batches = (self.on_before_batch_transfer(batch, 0) for loader in loaders for batch in loader)
+            batches = (self._on_before_batch_transfer(batch) for loader in loaders for batch in loader)
             self.token_encoder.fit_statistics(batches, self.statistics_rows)
             self.token_decoder.start(self.token_encoder)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Tensor:
         """A loader's batch -> its token ids, int64 [b n], which all steps and callbacks are given; see `tokens_of`.
 
-        A seam for loaders whose token ids stand elsewhere in a batch. (A data module that overrides this hook takes its
-        place, as Lightning then warns.)
+        ``on_before_batch_transfer`` of a subclass or of a data module comes first, and gives a batch of a known kind.
+        Lightning's own method (2.6.6) calls one of these two hooks. To override the public one here would be warned of
+        in each run with a data module, and skipped where that has one.
         """
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         return tokens_of(batch, self.sequence_length, self.token_encoder.vocab_size)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

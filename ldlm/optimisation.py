@@ -69,6 +69,7 @@ class Optimisation(Storage):
         Their gradient is in no checkpoint, so the step is begun anew. Lightning 2.6.6 writes such checkpoints by
         ``train_time_interval``, and in the first step after resuming, and would then step on what is left of the batch.
         """
+        super().on_train_start()
         steps: Tensor = self.all_gather(torch.tensor([self.trainer.global_step], device=self.device))  # type: ignore[assignment]
         if (steps != self.trainer.global_step).any():
             raise ValueError(

@@ -6,6 +6,7 @@ some, and the raw ones stand beside it.
 """
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +34,7 @@ from ldlm.checkpoints import (
 from ldlm.files import sha256, write_atomically
 from ldlm.generation import Generation
 from ldlm.hub import local_folder
-from ldlm.saving import CheckpointFiles, is_remote, last_checkpoint, not_finite, prepare
+from ldlm.saving import CheckpointFiles, check_readable, is_remote, last_checkpoint, not_finite, prepare
 
 __all__ = ["Storage", "last_checkpoint"]
 
@@ -80,6 +81,17 @@ class Storage(Generation):
             folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
             if folder and trainer.is_global_zero and not is_remote(folder):
                 prepare(Path(folder))
+
+    def on_train_start(self) -> None:
+        """Refuse now what no checkpoint could be read with, be it a callback's state: there is nothing to lose yet."""
+        trainer = self.trainer
+        if trainer.checkpoint_callbacks and isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+            # Lightning 2.6.6 has no public way to a checkpoint's content without a file.
+            content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            try:
+                check_readable(content)
+            except pickle.PicklingError as error:
+                raise ValueError(str(error)) from error
 
     def on_fit_end(self) -> None:
         """Raise OSError if the last save failed: the run is not to end as if all were well."""

@@ -165,7 +165,7 @@ class ShowSamples(L.Callback):
         given = [loaders for loaders in (trainer.val_dataloaders, trainer.train_dataloader) if loaders is not None]
         for loader in CombinedLoader(given, mode="sequential").flattened:
             for batch in loader:
-                return model.to_text(model.on_before_batch_transfer(batch, 0)[: self.num_samples])
+                return model.to_text(model._on_before_batch_transfer(batch)[: self.num_samples])
         return []
 
 

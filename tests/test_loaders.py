@@ -15,6 +15,7 @@ from transformers import BatchEncoding
 from ldlm.callbacks import EMA, AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
 from ldlm.guards import BadSteps
 from ldlm.likelihood import LikelihoodBound
+from ldlm.module import LDLM
 from ldlm.watch import FigureLogger, ReconstructionWriter, SampleLogger, ShowSamples, Throughput
 
 TOKENS = rows(18)
@@ -114,6 +115,46 @@ class Counted(Throughput):
     def on_train_batch_end(self, *arguments):
         super().on_train_batch_end(*arguments)
         self.seen = self._tokens
+
+
+class Elsewhere(LDLM):
+    """Knows where somebody's loader has the token ids."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch["tokens"]
+
+
+class ElsewhereData(L.LightningDataModule):
+    """The same as a data module, with a loader for everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loader = DataLoader([{"tokens": row} for row in TOKENS.int()], batch_size=4)
+
+    def train_dataloader(self):
+        return self.loader
+
+    def predict_dataloader(self):
+        return self.loader
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return {"input_ids": batch["tokens"]}
+
+
+@pytest.mark.parametrize("where", ["model", "data module"])
+def test_token_ids_that_stand_elsewhere_are_taken_out_by_lightnings_own_hook(tmp_path, where, plain):
+    model, data = make_model(lr_warmup_steps=3), ElsewhereData()
+    if where == "model":
+        model.__class__, data = Elsewhere, data.loader
+    trainer = make_trainer(tmp_path, recipe(), max_steps=-1, max_epochs=2)
+    trainer.fit(model, data)
+    assert all(torch.equal(value, plain[name]) for name, value in (model.state_dict() | model.raw).items())
+    assert torch.cat(trainer.predict(model, data)).shape == TOKENS.shape
+
+
+def test_a_run_with_a_data_module_is_not_warned_of_hooks(tmp_path, recwarn):
+    make_trainer(tmp_path, recipe(), max_steps=2).fit(make_model(), make_data(tmp_path))
+    assert [str(warning.message) for warning in recwarn if "overridden" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("kind", ["a tokenizer's batches", "a stream of dictionaries"])
