@@ -179,6 +179,15 @@ def check_callbacks(callbacks: list[L.Callback]) -> None:
                 raise ValueError(f"{type(callback).__name__} {reason}")
 
 
+def check_uncompiled(module: L.LightningModule) -> None:
+    """Refuse a model that was compiled whole: a training step draws noise and logs, and there is no ``forward``."""
+    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
+        raise ValueError(
+            "torch.compile cannot compile a whole LDLM, whose training step draws noise and logs: give the trainer the "
+            "model as it was, and compile its layers by ldlm.speed.CompileBlocks() among the callbacks"
+        )
+
+
 def check_precision(precision: str) -> None:
     """Refuse what is not float32 where it matters."""
     if precision not in PRECISIONS:

@@ -22,6 +22,7 @@ from ldlm.agreement import (
     check_parts,
     check_precision,
     check_strategy,
+    check_uncompiled,
     tokens_of,
 )
 from ldlm.checkpoints import check_description
@@ -207,6 +208,7 @@ class LDLM(Optimisation):
         check_strategy(self.trainer.strategy)
         check_precision(str(self.trainer.precision))
         if stage == "fit":
+            check_uncompiled(self)
             self.gamma = self.skipped = None
         elif self.token_encoder.statistics_rows == 0:
             rank_zero_warn(
