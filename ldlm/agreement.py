@@ -120,7 +120,7 @@ def tokens_of(batch: object, sequence_length: int, vocab_size: int) -> Tensor:
         batch: Integers [b n]: a tensor, a list or tuple of that tensor alone, or a dictionary that has it as
             ``input_ids``, of which only ``attention_mask`` is looked at besides: rows here carry no padding.
         sequence_length: Tokens a row, n.
-        vocab_size: Ids are below it. They are looked at on the CPU alone, so that no device is waited for.
+        vocab_size: Ids are below it. On another device than the CPU they are not looked at, as that would wait for it.
 
     Raises:
         ValueError: If the batch is something else.
@@ -146,13 +146,13 @@ def tokens_of(batch: object, sequence_length: int, vocab_size: int) -> Tensor:
             "or take the tokens out in on_before_batch_transfer, a hook of models and data modules"
         )
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.device.type == "cpu" and not bool(mask.all()):
+    if isinstance(mask, Tensor) and mask.device.type == "cpu" and not mask.numpy().all():
         raise ValueError(
             "a batch has padding, as its attention_mask has zeros, and would be trained to write it: rows carry none "
             "here; pack texts into whole rows, as PackedTextDataModule does"
         )
     if tokens.device.type == "cpu" and tokens.numel():
-        low, high = (int(value) for value in tokens.aminmax())
+        low, high = tokens.numpy().min(), tokens.numpy().max()  # the host's memory, so nothing is waited for
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"a batch has token ids from {low} to {high}, but the token encoder knows 0 to {vocab_size - 1}: use "

@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 from typing import Any, Self
 
+import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -85,13 +86,21 @@ class Storage(Generation):
     def on_train_start(self) -> None:
         """Refuse now what no checkpoint could be read with, be it a callback's state: there is nothing to lose yet."""
         trainer = self.trainer
-        if trainer.checkpoint_callbacks and isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
-            # Lightning 2.6.6 has no public way to a checkpoint's content without a file.
-            content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            try:
-                check_readable(content)
-            except pickle.PicklingError as error:
-                raise ValueError(str(error)) from error
+        data: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.checkpoint_callbacks or not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        kept = {
+            "callbacks": {callback.state_key: callback.state_dict() for callback in callbacks},
+            "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "hyper_parameters": dict(self.hparams),
+        }
+        if data is not None:
+            kept |= {type(data).__qualname__: data.state_dict(), "datamodule_hyper_parameters": dict(data.hparams)}
+        try:
+            check_readable(kept)
+        except pickle.PicklingError as error:
+            raise ValueError(str(error)) from error
 
     def on_fit_end(self) -> None:
         """Raise OSError if the last save failed: the run is not to end as if all were well."""
