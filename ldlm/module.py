@@ -196,19 +196,22 @@ class LDLM(Optimisation):
     # ---- training ----------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The guards of every run, but for those that the trainer's own callbacks bring already."""
+        """The guards of every run, but for those that the trainer's own callbacks bring already.
+
+        The first hook of all: what cannot work is refused here, before texts are packed and callbacks touch the model.
+        """
         guards: list[L.Callback] = [BadSteps(), LatentWatch(), StopOnSignal()]
         there: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_precision(str(self.trainer.precision))
         if self.trainer.training:
-            check_callbacks(there)  # now, before one of them has changed the model
+            check_callbacks(there)
+            check_uncompiled(self)
         return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in there)]
 
     def setup(self, stage: str) -> None:
         """Refuse strategies that cannot work; forget an earlier fit's gamma, so that each fit asks for its warm-up."""
         check_strategy(self.trainer.strategy)
-        check_precision(str(self.trainer.precision))
         if stage == "fit":
-            check_uncompiled(self)
             self.gamma = self.skipped = None
         elif self.token_encoder.statistics_rows == 0:
             rank_zero_warn(

@@ -236,6 +236,7 @@ def test_each_of_several_held_out_loaders_is_validated_as_it_is_alone(tmp_path):
         for index, wanted in enumerate(alone):
             got = {name.removesuffix(f"/dataloader_idx_{index}"): value for name, value in both[index].items()}
             assert got == pytest.approx(wanted, rel=1e-6)
+    assert trainer.predict(model, loaders, return_predictions=False) is None
     first, second = trainer.predict(model, loaders)
     assert torch.equal(torch.cat(first), torch.cat(trainer.predict(model, loaders[0])))
     assert torch.equal(torch.cat(second), torch.cat(trainer.predict(model, loaders[1])))
