@@ -7,6 +7,7 @@ What is minimised stands in `objective.py`, sampling in `generation.py`, files i
 `optimisation.py`, what watches over a run in `guards.py` and `signals.py`.
 """
 
+import math
 from typing import Any
 
 import lightning as L
@@ -33,7 +34,7 @@ from ldlm.encoders import TokenEncoder
 from ldlm.grids import TimeGrid, UniformGrid
 from ldlm.guards import BadSteps, LatentWatch
 from ldlm.latents import LatentDecoder, LatentEncoder, PerceiverResamplerDecoder, PerceiverResamplerEncoder
-from ldlm.noise import generator, share
+from ldlm.noise import RowNoise, generator
 from ldlm.objective import MISSING_WARMUP, normal_like
 from ldlm.optimisation import Optimisation, guarded
 from ldlm.packing import load_tokenizer
@@ -41,6 +42,8 @@ from ldlm.samplers import EulerMaruyama, Sampler
 from ldlm.schedules import NoiseSchedule, TangentSchedule
 from ldlm.signals import StopOnSignal
 from ldlm.timesteps import AdaptiveTimesteps, TimestepSampler
+
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class LDLM(Optimisation):
@@ -66,12 +69,13 @@ class LDLM(Optimisation):
         token_weight: Weight of the cross-entropy; 0 switches it off and freezes the token decoder.
         token_gradient: Whether the cross-entropy reaches latent decoder and encoder (Table 1's CE rows). The paper
             stops it.
-        token_fraction: Share of positions, drawn anew each step, on which the cross-entropy is taken. With the
-            stopped gradient this only makes the token decoder's own gradient noisier.
+        token_fraction: Share of each row's positions, drawn anew each step, on which the cross-entropy is taken (one
+            position at least). With the stopped gradient this only makes the token decoder's own gradient noisier.
         self_conditioning: Probability that a row is trained on its own previous estimate; 0 switches it off.
         hidden_masking: Share of the positions whose hidden states the latent encoder does not see in training; the
             paper's model sees all of them, COSMOS-like autoencoders do not.
-        statistics_rows: Rows over which the hidden states' mean and deviation are measured.
+        statistics_rows: Rows over which the hidden states' mean and standard deviation are measured, at least: whole
+            optimizer steps are read.
         sampler: Solver used by `generate` when none is given.
         grid: Time grid likewise.
         learning_rate: Of AdamW.
@@ -164,7 +168,7 @@ class LDLM(Optimisation):
         self.averaged: dict[str, Tensor] | None = None
         self.raw: dict[str, Tensor] | None = None
         self.skipped: Tensor | None = None
-        self._last_step, self._micro_step = -1, 0
+        self._last_step, self._micro_step, self._rows_done, self._rows_validated = -1, 0, 0, 0
 
     def _check(self) -> None:
         """Compare what the parts say of themselves, so that a misfit is named here and not by a matrix product."""
@@ -251,7 +255,10 @@ class LDLM(Optimisation):
             if len(loaders) > 1:
                 raise ValueError(f"the trainer was given {len(loaders)} training loaders together: give one")
             batches = (self._on_before_batch_transfer(batch) for loader in loaders for batch in loader)
-            self.token_encoder.fit_statistics(batches, self.statistics_rows)
+            rows = self.statistics_rows
+            if isinstance(data, PackedTextDataModule):  # whole optimizer steps, however they are divided into calls
+                rows = -(-rows // data.batch_size) * data.batch_size
+            self.token_encoder.fit_statistics(batches, rows)
             self.token_decoder.start(self.token_encoder)
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Tensor:
@@ -265,16 +272,19 @@ class LDLM(Optimisation):
         return tokens_of(batch, self.sequence_length, self.token_encoder.vocab_size)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One micro-step. All randomness is a function of (seed, step, micro-step, rank)."""
+        """One micro-step. All randomness is a function of (seed, step, row of the global batch)."""
         step, ranks, parts = self.trainer.global_step, self.trainer.world_size, self.trainer.accumulate_grad_batches
-        self._micro_step = self._micro_step + 1 if step == self._last_step else 0
-        self._last_step = step
-        # Times are drawn for the global batch and sliced, so that they do not depend on the number of ranks.
-        rows = len(batch) * ranks * parts
-        mine = share(rows, self.global_rank, ranks, self._micro_step, parts)
-        self.times = self.timesteps.sample(rows, generator(self.seed, "times", step, device=self.device))
-        u = self.times[mine]
-        noise = generator(self.seed, "noise", step, self._micro_step, self.global_rank, device=self.device)
+        if step != self._last_step:
+            self._last_step, self._micro_step, self._rows_done = step, -1, 0
+        self._micro_step += 1
+        total = self._rows_done + len(batch) * ranks * (parts - self._micro_step)
+        first = self._rows_done + len(batch) * self.global_rank
+        mine = range(first, first + len(batch))
+        self._rows_done += len(batch) * ranks
+        # Times are drawn for the global batch and sliced, so that the report of a skipped step has all of them.
+        self.times = self.timesteps.sample(total, generator(self.seed, "times", step, device=self.device))
+        u = self.times[mine.start : mine.stop]
+        noise = RowNoise(self.seed, "noise", step, rows=mine, total=total, device=self.device)
         losses = self.losses(batch, noise, u)
         if self.diffusion_weight > 0:
             self.timesteps.observe(u, losses.rows)
@@ -290,13 +300,13 @@ class LDLM(Optimisation):
         """Losses at evenly spread times, and the accuracy of clean and noised reconstruction."""
         # The last batch may leave a rank nothing; it still takes part in the sums over ranks, with no weight.
         rows, batch = len(batch), batch if len(batch) else batch.new_zeros(1, self.sequence_length)
-        noise = generator(self.seed, "validation", batch_idx, self.global_rank, device=self.device)
-        # Spread over the rows of all ranks, so that the loss does not depend on their number.
-        counts = torch.zeros(self.trainer.world_size, device=self.device)
-        counts[self.global_rank] = rows
-        counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
-        place = counts[: self.global_rank].sum() + torch.arange(len(batch), device=self.device) + 0.5
-        u = (place / counts.sum()).clamp(max=1)
+        counts: list[int] = self.all_gather(torch.tensor([rows], device=self.device)).flatten().tolist()  # type: ignore[union-attr]
+        first = (self._rows_validated if batch_idx else 0) + sum(counts[: self.global_rank])
+        self._rows_validated = first + sum(counts[self.global_rank :])
+        mine = range(first, first + len(batch))
+        noise = RowNoise(self.seed, "validation", rows=mine, device=self.device)
+        # Multiples of the golden ratio are evenly spread over any rows that follow each other.
+        u = ((torch.arange(mine.start, mine.stop, dtype=torch.float64) + 0.5) * GOLDEN % 1).float().to(self.device)
         losses = self.losses(batch, noise, u)
         noised = losses.z0 + self.sigma_dec * normal_like(losses.z0, noise)
         values = self.switched_on(losses)

@@ -19,6 +19,7 @@ from ldlm.denoiser import Denoiser
 from ldlm.encoders import TokenEncoder
 from ldlm.latents import LatentDecoder, LatentEncoder
 from ldlm.layers import dtype_of
+from ldlm.noise import RowNoise, Source, normal, uniform
 from ldlm.schedules import NoiseSchedule
 from ldlm.timesteps import TimestepSampler
 
@@ -78,21 +79,21 @@ class JointObjective(L.LightningModule):
         hidden = self.latent_decoder(z.to(dtype_of(self.latent_decoder, z.dtype)))
         return self.token_decoder.predict(hidden, temperature, generator)
 
-    def losses(self, tokens: Tensor, generator: torch.Generator, u: Tensor | None = None) -> Losses:
+    def losses(self, tokens: Tensor, source: Source, u: Tensor | None = None) -> Losses:
         """The three losses of a batch.
 
         Args:
             tokens: Token ids [b n].
-            generator: Draws all noise, on its own device.
+            source: Draws all noise, on its own device: one generator for the batch, or one for each row.
             u: Schedule times [b]; None draws them from `timesteps`.
 
         Raises:
             ValueError: If the diffusion loss and gradients are wanted and gamma is unset.
         """
         if u is None:
-            u = self.timesteps.sample(len(tokens), generator).to(tokens.device)
+            u = self.timesteps.sample(len(tokens), source).to(tokens.device)
         hidden = self.token_encoder(tokens)
-        z0 = self.latent_encoder(self._masked(hidden, generator)).float()
+        z0 = self.latent_encoder(self._masked(hidden, source)).float()
         diffusion = reconstruction = token = z0.new_zeros(())
         rows = z0.new_zeros(len(tokens))
 
@@ -100,33 +101,33 @@ class JointObjective(L.LightningModule):
             # Eq. 28, in a form that leaves the value exact in every dtype: the noised input and the target see z0, and
             # only the gradient that reaches the latent encoder is multiplied by gamma.
             target = z0 if self._gamma() is None else z0.detach() + self._gamma() * (z0 - z0.detach())
-            rows = self.diffusion_rows(target, u, generator)
+            rows = self.diffusion_rows(target, u, source)
             diffusion = rows.mean()
 
         if self.reconstruction_weight > 0 or self.token_weight > 0:
-            hidden_hat = self.latent_decoder(z0 + self.sigma_dec * normal_like(z0, generator))
+            hidden_hat = self.latent_decoder(z0 + self.sigma_dec * normal_like(z0, source))
             if self.reconstruction_weight > 0:
                 reconstruction = F.mse_loss(hidden_hat.float(), hidden.detach())  # Eq. 26
             if self.token_weight > 0:
                 seen = hidden_hat if self.token_gradient else hidden_hat.detach()
-                token = self.token_decoder.loss(seen, tokens, self._positions(tokens, generator))  # Eq. 27
+                token = self.token_decoder.loss(seen, tokens, self._positions(tokens, source))  # Eq. 27
 
         total = (
             self.diffusion_weight * diffusion + self.reconstruction_weight * reconstruction + self.token_weight * token
         )
         return Losses(total, diffusion, reconstruction, token, rows.detach(), z0.detach())
 
-    def diffusion_rows(self, z0: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
+    def diffusion_rows(self, z0: Tensor, u: Tensor, source: Source) -> Tensor:
         """The diffusion loss of each row [b], Eq. 1 and 25, with self-conditioning as in training.
 
         Args:
             z0: Latents [b m d].
             u: Schedule times [b].
-            generator: Draws the noise.
+            source: Draws the noise.
         """
         alpha, sigma = self.schedule.alpha(u)[:, None, None], self.schedule.sigma(u)[:, None, None]
-        z_t = alpha * z0 + sigma * normal_like(z0, generator)
-        z0_hat = self.denoiser(z_t, u, self._self_condition(z_t, u, generator))
+        z_t = alpha * z0 + sigma * normal_like(z0, source)
+        z0_hat = self.denoiser(z_t, u, self._self_condition(z_t, u, source))
         rows: Tensor = (z0 - z0_hat).square().mean(dim=(1, 2))
         return rows
 
@@ -139,20 +140,20 @@ class JointObjective(L.LightningModule):
         }
         return {name: loss.detach() for name, (weight, loss) in weights.items() if weight > 0}
 
-    def _masked(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    def _masked(self, hidden: Tensor, source: Source) -> Tensor:
         """What the latent encoder sees: in training, a share of the positions is zero, which is their mean."""
         if self.hidden_masking == 0 or not self.training:
             return hidden
-        kept = torch.rand(hidden.shape[:2], generator=generator, device=generator.device) >= self.hidden_masking
+        kept = uniform((hidden.shape[0], hidden.shape[1]), source) >= self.hidden_masking
         return hidden * kept.to(hidden)[..., None]
 
-    def _positions(self, tokens: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Indices of the positions on which the cross-entropy is taken; None for all of them."""
+    def _positions(self, tokens: Tensor, source: Source) -> Tensor | None:
+        """Indices into the b·n positions on which the cross-entropy is taken, as many in each row; None for all."""
         if self.token_fraction == 1:
             return None
-        count = max(1, round(self.token_fraction * tokens.numel()))
-        shuffled = torch.rand(tokens.numel(), generator=generator, device=generator.device).argsort()
-        return shuffled[:count].to(tokens.device)
+        b, n = tokens.shape
+        chosen = uniform((b, n), source).argsort(dim=1)[:, : max(1, round(self.token_fraction * n))]
+        return (chosen + n * torch.arange(b, device=chosen.device)[:, None]).flatten().to(tokens.device)
 
     def _gamma(self) -> Tensor | None:
         """Gamma, which may be unset only where there is no gradient to scale."""
@@ -161,22 +162,25 @@ class JointObjective(L.LightningModule):
         return self.gamma
 
     @torch.no_grad()
-    def _self_condition(self, z_t: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
+    def _self_condition(self, z_t: Tensor, u: Tensor, source: Source) -> Tensor:
         """A first estimate for a share of the rows, zeros for the others: [b m d].
 
-        Slices of the global batch are contiguous, so with slices of even size the rows that are even here are those
-        that are even there: half of the rows, the same for any number of ranks, with nothing drawn.
+        With a probability of 0.5 and a global batch of even size these are its rows of even index: exactly half, the
+        same for any number of ranks and accumulated batches, with nothing drawn. Else each row throws a coin.
         """
         condition = torch.zeros_like(z_t)
-        if self.self_conditioning == 0.5 and len(z_t) % 2 == 0:
-            condition[0::2] = self.denoiser(z_t[0::2], u[0::2], condition[0::2]).to(condition)
+        start, total = (source.rows.start, source.total) if isinstance(source, RowNoise) else (0, len(z_t))
+        if self.self_conditioning == 0.5 and (total is None or total % 2 == 0):
+            even = slice(start % 2, None, 2)
+            if len(z_t[even]):  # one row alone may be of odd index
+                condition[even] = self.denoiser(z_t[even], u[even], condition[even]).to(condition)
         elif self.self_conditioning > 0:
-            coin = torch.rand(len(z_t), generator=generator, device=generator.device) < self.self_conditioning
+            coin = uniform((len(z_t),), source) < self.self_conditioning
             estimate = self.denoiser(z_t, u, condition).to(condition)
             condition = torch.where(coin.to(z_t.device)[:, None, None], estimate, condition)
         return condition
 
 
-def normal_like(z: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape, dtype and device of z."""
-    return torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
+def normal_like(z: Tensor, source: Source) -> Tensor:
+    """Standard normal noise of the shape, dtype and device of z [b ...]."""
+    return normal(tuple(z.shape), source, z.dtype).to(z.device)

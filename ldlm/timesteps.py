@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ldlm.noise import Source, uniform
+
 
 class TimestepSampler(nn.Module, abc.ABC):
     """A distribution of training times, which may learn from the losses it led to.
@@ -28,9 +30,9 @@ class TimestepSampler(nn.Module, abc.ABC):
     def inverse_cdf(self, q: Tensor) -> Tensor:
         """F⁻¹(q), the time in [0, 1], for adapted times `q` in [0, 1] of any shape."""
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draws `count` times u = F⁻¹(q): [count], float32, in (0, 1], on the generator's device."""
-        q = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+    def sample(self, count: int, source: Source) -> Tensor:
+        """Draws `count` times u = F⁻¹(q): [count], float32, in (0, 1], on the source's device."""
+        q = uniform((count,), source, torch.float64)
         return self.inverse_cdf(1 - q).float()  # rand includes 0 and not 1; a time of 0 carries no noise to remove
 
     def observe(self, u: Tensor, loss: Tensor) -> None:

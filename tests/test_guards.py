@@ -64,7 +64,9 @@ def by_hand(model, data, steps: int, left_out: set[int], accumulated: int) -> di
             optimizer.zero_grad()
             for micro in range(accumulated):
                 part = noise.share(data.batch_size, 0, 1, micro, accumulated)
-                losses = model.losses(batch[part], noise.generator(model.seed, "noise", step, micro, 0), u[part])
+                mine = range(part.start, part.stop)
+                draw = noise.RowNoise(model.seed, "noise", step, rows=mine, total=data.batch_size)
+                losses = model.losses(batch[part], draw, u[part])
                 (losses.total / accumulated).backward()
                 model.timesteps.observe(u[part], losses.rows)
             torch.nn.utils.clip_grad_norm_(trainable.values(), 0.5)

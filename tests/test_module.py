@@ -248,11 +248,53 @@ def test_a_training_step_is_the_objective_with_the_noise_and_the_times_of_its_ke
         step, micro = divmod(call, 2)
         batch = batches[step][2 * micro : 2 * micro + 2]
         u = timesteps.sample(4, noise.generator(0, "times", step))[2 * micro : 2 * micro + 2]
-        losses = model.losses(batch, noise.generator(0, "noise", step, micro, 0), u)
+        mine = range(2 * micro, 2 * micro + 2)
+        losses = model.losses(batch, noise.RowNoise(0, "noise", step, rows=mine, total=4), u)
         want = {"loss": losses.total, "diffusion": losses.diffusion, "reconstruction": losses.reconstruction}
         want |= {"token": losses.token, "latent_std": losses.z0.std((0, 1)).mean()}
         for name, value in want.items():
             assert logged[call][f"train/{name}"] == pytest.approx(value.item(), rel=1e-4)
+
+
+class Gradients(L.Callback):
+    """The gradient of each optimizer step, over all its accumulated batches."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer, model, optimizer):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("self_conditioning", [0.5, 0.3])
+def test_a_steps_gradient_does_not_depend_on_how_it_is_accumulated(tmp_path, self_conditioning):
+    def gradients(parts: int) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        kept = Gradients()
+        changes = {"token_fraction": 0.25, "hidden_masking": 0.25, "self_conditioning": self_conditioning}
+        model = make_model(learning_rate=1e-30, weight_decay=0.0, **changes)
+        # No refresh: it would turn rounding of the losses into other times.
+        callbacks = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(every_n_steps=5), kept]
+        trainer = make_trainer(tmp_path, callbacks, max_steps=3, accumulate_grad_batches=parts)
+        trainer.fit(model, make_data(tmp_path, batch_size=6))
+        return kept.steps, model.timesteps.num
+
+    whole, bins = gradients(1)
+    assert len(whole) == 3
+    assert (whole[0]["denoiser.output.weight"] - whole[1]["denoiser.output.weight"]).abs().max() > 1e-3
+    for parts in (2, 3, 6):  # slices of 3, 2 and 1 rows: of odd and even size, beginning at even and odd rows
+        accumulated, counted = gradients(parts)
+        torch.testing.assert_close(counted, bins, rtol=1e-5, atol=1e-6)
+        for one, other in zip(whole, accumulated, strict=True):
+            for name, value in one.items():
+                torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item() + 1e-7)
+
+
+def test_validation_does_not_depend_on_the_size_of_its_batches(tmp_path):
+    model, tokens = make_model(sigma_dec=0.3), rows(7)
+    loaders = [DataLoader(tokens, batch_size=size) for size in (7, 4, 1)]
+    whole, *others = [make_trainer(tmp_path, []).validate(model, one, verbose=False)[0] for one in loaders]
+    for other in others:
+        assert other == pytest.approx(whole, rel=1e-5)
 
 
 def test_validation_metrics_are_the_means_over_rows_of_a_computation_by_hand(tmp_path):
@@ -263,13 +305,14 @@ def test_validation_metrics_are_the_means_over_rows_of_a_computation_by_hand(tmp
     loader = DataLoader(tokens, batch_size=4)
     (got,) = make_trainer(tmp_path, []).validate(model, loader, verbose=False)
     sums = dict.fromkeys(("diffusion", "reconstruction", "token", "accuracy", "accuracy_noised"), 0.0)
-    for index, batch in enumerate((tokens[:4], tokens[4:])):
-        draw, b = noise.generator(0, "validation", index, 0), len(batch)
-        u = torch.tensor([(i + 0.5) / b for i in range(b)])
+    for start, batch in ((0, tokens[:4]), (4, tokens[4:])):
+        b = len(batch)
+        draw = noise.RowNoise(0, "validation", rows=range(start, start + b))
+        u = torch.tensor([(start + i + 0.5) * (5**0.5 - 1) / 2 % 1 for i in range(b)])
         with torch.no_grad():
             losses = model.losses(batch, draw, u)
             z0 = model.latent_encoder(model.token_encoder(batch))
-            noised = z0 + 0.3 * torch.randn(z0.shape, generator=draw)
+            noised = z0 + 0.3 * torch.stack([torch.randn(z0.shape[1:], generator=own) for own in draw.generators])
             clean_ids, noised_ids = (model.token_decoder(model.latent_decoder(z)).argmax(-1) for z in (z0, noised))
         sums["diffusion"] += losses.rows.sum().item()
         sums["reconstruction"] += b * losses.reconstruction.item()

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ldlm.noise import generator, share
+from ldlm.noise import RowNoise, generator, normal, share, uniform
 
 
 def test_a_generators_seed_is_the_blake2b_digest_of_seed_and_key():
@@ -43,6 +43,32 @@ def test_every_part_of_the_key_matters_and_so_does_its_type():
 def test_neighbouring_steps_give_uncorrelated_noise():
     draws = torch.stack([torch.randn(4096, generator=generator(0, "noise", step)) for step in range(8)])
     correlation = torch.corrcoef(draws) - torch.eye(8)
+    assert correlation.abs().max() < 5 / 4096**0.5  # five standard errors
+
+
+@pytest.mark.parametrize("draw", [normal, uniform])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_gets_its_own_generators_numbers_whichever_slice_it_is_in(draw, dtype):
+    plain = {normal: torch.randn, uniform: torch.rand}[draw]
+    own = [generator(3, "noise", 7, row) for row in range(6)]
+    want = [torch.stack([plain(5, 2, generator=g, dtype=dtype) for g in own]) for _ in range(2)]
+    want.append(torch.stack([plain((), generator=g, dtype=dtype) for g in own]))
+    for parts in ([range(6)], [range(3), range(3, 6)], [range(row, row + 1) for row in range(6)]):
+        sources = [RowNoise(3, "noise", 7, rows=part, total=6) for part in parts]
+        got = [torch.cat([draw((len(s.rows), 5, 2), s, dtype) for s in sources]) for _ in range(2)]
+        got.append(torch.cat([draw((len(s.rows),), s, dtype) for s in sources]))
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_numbers_of_one_generator_are_torchs_own():
+    assert torch.equal(normal((4, 3), generator(1)), torch.randn(4, 3, generator=generator(1)))
+    assert torch.equal(uniform((4, 3), generator(1)), torch.rand(4, 3, generator=generator(1)))
+
+
+def test_the_noise_of_neighbouring_rows_and_steps_is_uncorrelated():
+    draws = [normal((8, 4096), RowNoise(0, "noise", step, rows=range(8), total=8)) for step in range(2)]
+    correlation = torch.corrcoef(torch.cat(draws)) - torch.eye(16)
     assert correlation.abs().max() < 5 / 4096**0.5  # five standard errors
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldlm.latents import IdentityDecoder, IdentityEncoder
 from ldlm.module import LDLM
+from ldlm.noise import RowNoise
 from ldlm.timesteps import UniformTimesteps
 
 
@@ -92,7 +93,8 @@ def test_the_token_loss_on_a_fraction_of_positions_is_the_mean_over_those_positi
     u, draw = torch.full((4,), 0.5), generator(2)
     torch.randn(4, LENGTH, LATENT, generator=draw)
     noise = torch.randn(4, LENGTH, LATENT, generator=draw)
-    chosen = torch.rand(4 * LENGTH, generator=draw).argsort()[:8]
+    order = torch.rand(4, LENGTH, generator=draw).argsort(dim=1).tolist()
+    chosen = torch.tensor([LENGTH * row + position for row in range(4) for position in order[row][:2]])
     hidden_hat = model.latent_decoder(model.encode(tokens) + noise)
     want = F.cross_entropy(model.token_decoder(hidden_hat).flatten(0, 1)[chosen], tokens.flatten()[chosen])
     torch.testing.assert_close(model.losses(tokens, generator(2), u).token, want, rtol=1e-6, atol=0)
@@ -342,6 +344,37 @@ def test_batches_of_odd_size_and_other_probabilities_throw_a_coin_for_each_row(c
     assert torch.equal(condition.flatten(1).any(1), coins)
     assert torch.equal(condition[coins], watched.answers[0][coins])
     assert coins.float().mean().item() == pytest.approx(share, abs=4 * math.sqrt(0.25 / count))
+
+
+@pytest.mark.parametrize(("start", "even"), [(0, [0, 2]), (3, [1]), (5, [1])])
+def test_the_rows_of_even_index_in_the_global_batch_see_their_estimate_wherever_a_slice_begins(start, even):
+    model = with_gamma(1.0)
+    watched = Watched(model)
+    mine = range(start, start + 3)
+    model.losses(rows(3), RowNoise(0, "noise", rows=mine, total=8), torch.full((3,), 0.5))
+    assert watched.calls[-1][2].flatten(1).any(1).nonzero().flatten().tolist() == even
+
+
+def test_one_row_of_odd_index_alone_calls_the_denoiser_once():
+    model = with_gamma(1.0)
+    watched = Watched(model)
+    model.losses(rows(1), RowNoise(0, "noise", rows=range(1, 2), total=8), torch.full((1,), 0.5))
+    assert len(watched.calls) == 1
+
+
+def test_a_global_batch_of_odd_size_throws_each_rows_coin_whatever_slice_the_row_is_in():
+    conditions = []
+    for parts in ([range(9)], [range(4), range(4, 9)]):
+        model = with_gamma(1.0)
+        watched = Watched(model)
+        seen = []
+        for part in parts:
+            noise = RowNoise(0, "noise", rows=part, total=9)
+            model.losses(rows(9)[part.start : part.stop], noise, torch.full((len(part),), 0.5))
+            seen += watched.calls[-1][2].flatten(1).any(1).tolist()
+        conditions.append(seen)
+    assert conditions[0] == conditions[1]
+    assert 0 < sum(conditions[0]) < 9
 
 
 def test_switched_off_the_denoiser_is_called_once_and_sees_zeros():

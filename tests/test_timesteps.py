@@ -67,7 +67,7 @@ def test_draws_are_float32_above_0_and_repeat_with_the_generator(timesteps: Time
 
 
 def test_a_uniform_draw_of_0_does_not_become_the_time_0(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.zeros(count, dtype=torch.float64))
+    monkeypatch.setattr("ldlm.timesteps.uniform", lambda shape, source, dtype: torch.zeros(shape, dtype=dtype))
     assert told(sigmoid_curve).sample(2, generator()).tolist() == [1.0, 1.0]
 
 
