@@ -1,4 +1,4 @@
-"""An argument that was left out is `None`, never whatever happens to be false: a part may have a length, and that be 0."""
+"""An argument that was left out is `None`, never whatever happens to be false: a part may have a length of 0."""
 
 import ast
 from pathlib import Path
