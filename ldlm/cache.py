@@ -20,7 +20,7 @@ from ldlm.callbacks import as_ldlm
 from ldlm.checkpoints import describe
 from ldlm.data import PackedTextDataModule
 from ldlm.encoders import DTYPES, FrozenTokenEncoder, TokenEncoder
-from ldlm.files import write_atomically
+from ldlm.files import visible, write_atomically
 from ldlm.rows import PackedRows
 
 STATISTICS = ("mean", "std", "statistics_rows")  # of the normalisation, which comes after what is stored
@@ -78,7 +78,9 @@ class CacheHiddenStates(L.Callback):
                     f"free in {folder}: leave CacheHiddenStates out, or raise max_gb, or name another folder"
                 )
             if trainer.local_rank == 0:
-                rank_zero_info(f"computing the hidden states of {shape[0]:,} rows ({size / 1e9:,.3g} GB) into {path}")
+                rank_zero_info(
+                    f"computing the hidden states of {shape[0]:,} rows ({size / 1e9:,.3g} GB) into {visible(path)}"
+                )
                 _write(path, rows, encoder, dtype)
         trainer.strategy.barrier("hidden states")
         if path.stat().st_size != size:

@@ -24,11 +24,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ldlm.decoders import TokenDecoder
 from ldlm.denoiser import Denoiser
 from ldlm.encoders import TokenEncoder
+from ldlm.files import leads_out
 from ldlm.grids import TimeGrid
+from ldlm.hub import check_json
 from ldlm.latents import LatentDecoder, LatentEncoder
 from ldlm.samplers import Sampler
 from ldlm.saving import read
 from ldlm.schedules import NoiseSchedule
+from ldlm.sizes import check_length, storage_bytes, storage_numbers
 from ldlm.timesteps import TimestepSampler
 
 PARTS = (
@@ -43,6 +46,7 @@ PARTS = (
     TimeGrid,
 )
 FORMAT = 1
+LARGEST_DESCRIPTION = 2**24  # bytes of ldlm.json; the paper's model takes 3 kB
 T = TypeVar("T")
 
 
@@ -83,9 +87,9 @@ def _plain(value: Any, name: str) -> Any:
     """An argument as JSON-able data."""
     if isinstance(value, PARTS):
         return describe(value)
-    if isinstance(value, str) and os.path.isabs(value):
+    if isinstance(value, str) and leads_out(value):
         # A path on this machine means nothing elsewhere, and may tell more than its owner wants told.
-        return f"./{os.path.basename(value.rstrip('/'))}"  # not to be taken for a hub id
+        return f"./{os.path.basename(os.path.abspath(value))}"  # not to be taken for a hub id
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -102,8 +106,11 @@ def build(description: Any) -> Any:
     """The inverse of `describe` for a part; plain data are returned as they are.
 
     Raises:
-        ValueError: If a class is not in a module that is already imported, or is not one of ldlm's parts.
+        ValueError: If a class is not in a module that is already imported, or is not one of ldlm's parts, or an
+            argument is a path that `describe` would not have written.
     """
+    if isinstance(description, str) and leads_out(description):
+        raise ValueError(f"{description!r} leads out of the current folder, which no file may: name it in the command")
     if isinstance(description, list):
         return [build(item) for item in description]
     if not isinstance(description, dict):
@@ -129,6 +136,9 @@ def build(description: Any) -> Any:
 def make(kind: type[T], arguments: dict[str, Any]) -> T:
     """An object of a class from arguments that a file gives, after `build` made parts of those that describe one.
 
+    On the meta device (``with torch.device("meta")``) nothing takes memory. A class from elsewhere whose constructor
+    needs numbers to compute with is then made for real, with its parts.
+
     Raises:
         ValueError: If the class cannot be made of them.
     """
@@ -138,9 +148,12 @@ def make(kind: type[T], arguments: dict[str, Any]) -> T:
             if isinstance(built.get(name), PARTS) and not isinstance(built[name], hint):
                 raise TypeError(f"{name} cannot be a {type(built[name]).__name__}")
         return kind(**built)
-    except ValueError:
-        raise
-    except Exception as error:  # a stranger's arguments can make a constructor raise anything
+    except Exception as error:  # untrusted arguments can make a constructor raise anything
+        if torch.get_default_device().type == "meta" and not kind.__module__.startswith("ldlm."):
+            with torch.device("cpu"):
+                return make(kind, arguments)
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(
             f"{kind.__module__}.{kind.__qualname__} cannot be made from what the file says of it: {error}"
         ) from error
@@ -166,6 +179,8 @@ def unpack_tokenizer(files: dict[str, Tensor], source: str = "the file") -> PreT
     """The inverse of `pack_tokenizer`; ValueError if these are no tokenizer's files."""
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if sum(content.nbytes for content in files.values()) > storage_bytes(files.values()):
+                raise ValueError("several of them are the same bytes")
             for name, content in files.items():
                 (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
         except Exception as error:  # a stranger's names and contents can be anything
@@ -176,7 +191,10 @@ def unpack_tokenizer(files: dict[str, Tensor], source: str = "the file") -> PreT
 def read_tokenizer(folder: str | os.PathLike[str], source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, none of whose code is run; ValueError if it cannot be read."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        check_json(Path(folder))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # a stranger's files can make it raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the tokenizer of {source} could not be read ({reason})") from error
@@ -198,18 +216,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Compare a state_dict's names and shapes with a model's.
+    """Compare a state_dict's names and shapes with a model's, which may be on the meta device.
 
     Raises:
-        ValueError: If keys are missing, unexpected or of another shape; the sentence names some.
+        ValueError: If keys are missing, unexpected or of another shape or kind, or fewer numbers than the model has
+            stand behind them; the sentence names some.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     wrong = [("lacks", missing), ("has too much", unexpected), ("has other shapes for", sorted(shapes))]
     told = [f"{what} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}" for what, keys in wrong if keys]
     if told:
         raise ValueError(f"{source} does not fit this model: it {'; it '.join(told)}")
+    wanted = sum({id(value): value.numel() for value in own.values()}.values())  # tied weights are one parameter
+    if wanted > (held := storage_numbers(state.values())):
+        raise ValueError(f"{source} does not fit this model: it has {held:,} numbers, and the model has {wanted:,}")
 
 
 def check_description(about: Any, source: str) -> dict[str, Any]:
@@ -218,6 +240,10 @@ def check_description(about: Any, source: str) -> dict[str, Any]:
     Raises:
         ValueError: If it is something else, or of another format.
     """
+    try:
+        check_length(about)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} holds no description of a model ({error})") from None
     model = about.get("model") if isinstance(about, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
         raise ValueError(f"{source} is of something else: it does not describe an ldlm model")
@@ -231,6 +257,8 @@ def check_description(about: Any, source: str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one sentence about why not."""
     try:
+        if (size := path.stat().st_size) > LARGEST_DESCRIPTION:
+            raise ValueError(f"it has {size:,} bytes, and a description has at most {LARGEST_DESCRIPTION:,}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} could not be read as JSON ({error})") from error

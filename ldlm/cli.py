@@ -11,11 +11,13 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from ldlm import __version__
+from ldlm.files import visible
 from ldlm.parsing import Fault, Parser, fail, nearest, numbers
 
 LIGHTNING = {
@@ -32,7 +34,8 @@ IMPORTED: list[str] = []  # what --import named, for commands that start others
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exits with status 2 and one sentence if the input is at fault."""
     words = list(sys.argv[1:] if argv is None else argv)
-    sys.path.insert(0, os.getcwd())  # a console script does not look here, and the user's my_encoder.py is here
+    if argv is None:  # what a command starts is not to look into the current folder for Python's own modules either
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         words = import_modules(words)
         command = words[0] if words else "--help"
@@ -83,11 +86,33 @@ def import_modules(words: list[str]) -> list[str]:
             continue
         name = word.partition("=")[2] or next(queue, "")
         try:
-            importlib.import_module(name)
+            with current_folder_last():
+                importlib.import_module(name)
         except (ImportError, ValueError) as error:
             raise Fault(f"--import {name}: {error}; it is looked for in the current folder, too") from error
         IMPORTED.append(name)
     return rest
+
+
+@contextmanager
+def current_folder_last() -> Iterator[None]:
+    """Let modules be found in the current folder, after all others; it stays there if one of them was.
+
+    A user's ``my_encoder.py`` is there. So may be a ``yaml.py`` that came with a downloaded model: the folder is on the
+    path only while modules are imported that the user has named.
+    """
+    here, before = os.getcwd(), {*sys.modules}
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        found = {name: vars(sys.modules[name]).get("__file__") for name in {*sys.modules} - before}
+        places = {name: os.path.join(here, *name.split(".")) for name in found}
+        if not any(found[name] in (f"{stem}.py", os.path.join(stem, "__init__.py")) for name, stem in places.items()):
+            sys.path.remove(here)
 
 
 def presets(words: Sequence[str]) -> None:
@@ -141,7 +166,7 @@ def export(words: Sequence[str]) -> None:
     from ldlm.module import LDLM
 
     LDLM.load_from_checkpoint(options.checkpoint).save_pretrained(options.folder)
-    print(f"{options.folder} holds model.safetensors, ldlm.json and the tokenizer's files")
+    print(f"{visible(options.folder)} holds model.safetensors, ldlm.json and the tokenizer's files")
 
 
 def sampling_options(parser: Parser, num_samples: int, batch_size: int) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from ldlm.files import PACKAGE_PREFIX, resolve, sha256
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 TEXT_UNITS = ("line", "paragraph", "document")
+# Twice the King James Bible. A tokenizer's memory grows with it: 16 MiB of English words take 2 GB, of dots 7 GB.
+MAX_DOCUMENT_BYTES = 2**23
+SKELETON = 2**20  # bytes of a JSON line outside its strings: "[]," alone takes 60 bytes in memory
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 FILES_HINT = "a local .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of them"
 
 
@@ -47,16 +52,24 @@ class FileCorpus(Corpus):
         text_column: the JSON field or Parquet column with the text.
         text_unit: what one document of a `.txt` file is: a non-blank "line", a "paragraph" (ended by a blank line), or
             the whole "document", a file.
+        max_document_bytes: of a document, and of a line; a compressed file of 1 MB can hold one of any length.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a file of another kind; on reading: not UTF-8, not JSON, no such column.
+        ValueError: a file of another kind; on reading: not UTF-8, not JSON, no such column, a longer document.
     """
 
-    def __init__(self, path: str | Path, text_column: str = "text", text_unit: str = "paragraph") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        text_column: str = "text",
+        text_unit: str = "paragraph",
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    ) -> None:
         self.path = Path(path).expanduser()
         self.text_column = text_column
         self.text_unit = text_unit
+        self.max_document_bytes = max_document_bytes
         self.stem = re.sub(r"[^\w.-]+", "-", self.path.resolve().name.partition(".")[0] or "corpus")
         if not self.path.exists():
             raise FileNotFoundError(f"{path} does not exist; give {FILES_HINT}, or a hub name")
@@ -99,8 +112,11 @@ class FileCorpus(Corpus):
 
     def _plain(self, file: Path) -> Iterator[str]:
         kept: list[str] = []
-        for _, line in _lines(file):
+        size = 0
+        for number, line in _lines(file, self.max_document_bytes):
             blank = not line.strip()
+            size = len(line.encode()) + (size if kept else 0)
+            self._check_length(size, f"{file}, line {number}: a document up to there")
             if self.text_unit == "document":
                 kept.append(line)
             elif self.text_unit == "line" and not blank:
@@ -115,9 +131,14 @@ class FileCorpus(Corpus):
             yield text if self.text_unit == "document" else text.rstrip("\r\n")
 
     def _json_lines(self, file: Path) -> Iterator[str]:
-        for number, line in _lines(file):
+        for number, line in _lines(file, self.max_document_bytes):
             if not line.strip():
                 continue
+            if len(line) > SKELETON and len(STRING.sub(b"", line.encode())) > SKELETON:
+                raise ValueError(
+                    f"{file}, line {number} has more than {SKELETON:,} bytes outside of its strings, which is no text; "
+                    "correct or remove that line"
+                )
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -137,10 +158,21 @@ class FileCorpus(Corpus):
             with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
                 if self.text_column not in table.schema_arrow.names:
                     raise ValueError(_no_column(self.text_column, str(file), table.schema_arrow.names))
-                for batch in table.iter_batches(batch_size=64, columns=[self.text_column]):
-                    for value in batch.column(0).to_pylist():
-                        row += 1
-                        yield _text(value, self.text_column, f"{file}, row {row}")
+                kind = table.schema_arrow.field(self.text_column).type
+                if pyarrow.types.is_nested(kind):  # one cell can be longer than the file, and is no text
+                    raise ValueError(_no_text(self.text_column, f"{file}, row 1", str(kind)))
+                for group in range(table.num_row_groups):
+                    self._check_group(table.metadata.row_group(group), f"{file}, after row {row}")
+                    # Few rows at once: a file can hold one long text to which many rows refer.
+                    for batch in table.iter_batches(4, row_groups=[group], columns=[self.text_column]):
+                        for value in batch.column(0):
+                            row += 1
+                            where = f"{file}, row {row}"
+                            if isinstance(value, pyarrow.DictionaryScalar):
+                                value = value.value
+                            if isinstance(value, pyarrow.BinaryScalar) and value.is_valid:
+                                self._check_length(value.as_buffer().size, where)
+                            yield _text(value.as_py(), self.text_column, where)
         except UnicodeDecodeError:
             raise ValueError(f"{file}, after row {row} is not UTF-8; save the text as UTF-8") from None
         except (pyarrow.ArrowException, OSError) as error:
@@ -148,6 +180,16 @@ class FileCorpus(Corpus):
             raise ValueError(
                 f"{file} cannot be read as Parquet ({reason}); it may be truncated: fetch it again"
             ) from None
+
+    def _check_group(self, group: Any, where: str) -> None:
+        """Compare what a row group says of its own size, before anything is decompressed."""
+        columns = (group.column(place) for place in range(group.num_columns))
+        sizes = [column.total_uncompressed_size for column in columns if column.path_in_schema == self.text_column]
+        self._check_length(sum(sizes) // max(1, group.num_rows), f"{where}: the average text")
+
+    def _check_length(self, size: int, where: str) -> None:
+        if size > self.max_document_bytes:
+            raise ValueError(_too_long(where, self.max_document_bytes))
 
 
 class HubCorpus(Corpus):
@@ -159,18 +201,28 @@ class HubCorpus(Corpus):
         split: which of its splits, in the `datasets` notation.
         revision: branch, tag or commit; `refs/convert/parquet` where the data set still is a script.
         text_column: the column with the text.
+        max_document_bytes: of a document.
 
     Raises:
         FileNotFoundError: no network, or no such data set.
-        ValueError: no such split, configuration or column.
+        ValueError: no such split, configuration or column; on reading: a longer document.
     """
 
-    def __init__(self, name: str, config_name: str | None, split: str, revision: str | None, text_column: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        config_name: str | None,
+        split: str,
+        revision: str | None,
+        text_column: str,
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    ) -> None:
         import datasets
 
         self.stem = re.sub(r"[^\w.-]+", "-", name)
         self.name, self.config_name, self.split, self.revision = name, config_name, split, revision
         self.text_column = text_column
+        self.max_document_bytes = max_document_bytes
         try:
             self.rows = datasets.load_dataset(name, config_name, split=split, revision=revision)
         except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -185,7 +237,10 @@ class HubCorpus(Corpus):
     def __iter__(self) -> Iterator[str]:
         """Give the documents in the data set's own order."""
         for number, row in enumerate(self.rows.select_columns([self.text_column])):
-            yield _text(row[self.text_column], self.text_column, f"{self.name}, row {number}")
+            text = _text(row[self.text_column], self.text_column, f"{self.name}, row {number}")
+            if len(text) > self.max_document_bytes:
+                raise ValueError(_too_long(f"{self.name}, row {number}", self.max_document_bytes))
+            yield text
 
     def __len__(self) -> int:
         """Count the documents, which the data set knows."""
@@ -225,6 +280,7 @@ def open_corpus(
     split: str = "train",
     revision: str | None = None,
     config_name: str | None = None,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Corpus:
     """Open local files where `dataset` means such (`is_local`), else a data set of the hub.
 
@@ -233,8 +289,8 @@ def open_corpus(
         ValueError: it is there but cannot be read as asked; the sentence says which argument to change.
     """
     if is_local(dataset):
-        return FileCorpus(resolve(dataset), text_column, text_unit)
-    return HubCorpus(dataset, config_name, split, revision, text_column)
+        return FileCorpus(resolve(dataset), text_column, text_unit, max_document_bytes)
+    return HubCorpus(dataset, config_name, split, revision, text_column, max_document_bytes)
 
 
 def lm1b_detokenizer(text: str) -> str:
@@ -256,11 +312,16 @@ def lm1b_detokenizer(text: str) -> str:
     return re.sub(r"([$£]) ", r"\1", text)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _lines(file: Path, longest: int) -> Iterator[tuple[int, str]]:
     """Give (line number from 1, line with its ending), decoded one by one so that an error can name the line."""
     try:
         with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb") as handle:
-            for number, line in enumerate(handle, start=1):
+            for number in count(1):
+                line = handle.readline(longest + 1)
+                if len(line) > longest:
+                    raise ValueError(_too_long(f"{file}, line {number}", longest))
+                if not line:
+                    return
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -269,15 +330,24 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{file} is not a whole gzip file ({error}); fetch or compress it again") from None
 
 
+def _too_long(where: str, longest: int) -> str:
+    return (
+        f"{where} has more than the {longest:,} bytes that a document may have; cut it, or give a larger "
+        "max_document_bytes (--data.max_document_bytes)"
+    )
+
+
 def _no_column(wanted: str, where: str, there: list[str]) -> str:
     return f"text_column={wanted!r} is not in {where}; it has {', '.join(map(repr, there)) or 'no columns'}"
 
 
+def _no_text(column: str, where: str, kind: str) -> str:
+    return f"{where}: {column!r} holds {kind}, a text is wanted; choose another text_column"
+
+
 def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(
-            f"{where}: {column!r} holds {type(value).__name__}, a text is wanted; choose another text_column"
-        )
+        raise ValueError(_no_text(column, where, type(value).__name__))
     if not value.isascii():
         try:
             value.encode()

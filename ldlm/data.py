@@ -17,13 +17,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.corpus import TEXT_UNITS, FileCorpus, is_local, lm1b_detokenizer, looks_like_path, open_corpus
+from ldlm.corpus import (
+    MAX_DOCUMENT_BYTES,
+    TEXT_UNITS,
+    FileCorpus,
+    is_local,
+    lm1b_detokenizer,
+    looks_like_path,
+    open_corpus,
+)
 from ldlm.files import resolve
 from ldlm.packing import VERIFICATIONS, load_tokenizer, open_packed, pack, read_header, tokenizer_digest
 from ldlm.rows import PackedRows, ResumableLoader, RowsInOrder, ShuffledOrder, ShuffledRows, outlive_signals
 
 # What the order of training rests on; the number of ranks and of accumulated batches is not among it.
 FINGERPRINT = ("data", "tokenizer", "sequence_length", "special_tokens", "batch_size", "seed")
+
+DETOKENIZERS: dict[str, Callable[[str], str]] = {"lm1b": lm1b_detokenizer}  # a recipe's names for them
 
 __all__ = ["PackedTextDataModule", "lm1b_detokenizer", "load_tokenizer"]
 
@@ -45,12 +55,14 @@ class PackedTextDataModule(L.LightningDataModule):
         split: split of the hub data set to train on.
         revision: its branch, tag or commit.
         config_name: its configuration.
-        detokenize: a named function of a module, applied to each text first, such as `ldlm.data.lm1b_detokenizer`.
+        detokenize: applied to each text first: "lm1b" for the One Billion Word corpus, or a named function of a module,
+            which in a recipe is one that ``--import`` names.
         special_tokens: whether a row begins with [BOS] and ends with [EOS].
         text_unit: what a document of a `.txt` file is: "line", "paragraph" or "document".
         validation_rows: use only so many held-out rows, spread evenly over them.
         seed: of the batch order.
         verify: "once", packed files are read through the first time this machine meets them; "full", at each start.
+        max_document_bytes: of a text, and of a line of a file; a longer one is an error that names it.
         allow_changes: names in `FINGERPRINT` that a resumed run may change; anything else that differs is refused.
 
     Raises:
@@ -72,12 +84,13 @@ class PackedTextDataModule(L.LightningDataModule):
         split: str = "train",
         revision: str | None = None,
         config_name: str | None = None,
-        detokenize: Callable[[str], str] | None = None,
+        detokenize: str | Callable[[str], str] | None = None,
         special_tokens: bool = True,
         text_unit: str = "paragraph",
         validation_rows: int | None = None,
         seed: int = 0,
         verify: str = "once",
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
         allow_changes: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -90,6 +103,10 @@ class PackedTextDataModule(L.LightningDataModule):
             raise ValueError(f"num_workers={num_workers} must be 0 (load in this process) or more")
         if validation_rows is not None and validation_rows < 1:
             raise ValueError(f"validation_rows={validation_rows} must be at least 1, or None for all of them")
+        if max_document_bytes < 1:
+            raise ValueError(
+                f"max_document_bytes={max_document_bytes} must be at least 1, such as {MAX_DOCUMENT_BYTES}"
+            )
         if verify not in VERIFICATIONS:
             raise ValueError(f"verify={verify!r} must be one of {', '.join(VERIFICATIONS)}")
         if text_unit not in TEXT_UNITS:
@@ -103,8 +120,7 @@ class PackedTextDataModule(L.LightningDataModule):
             raise ValueError(
                 f"validation={validation} must be a fraction between 0 and 1, or a whole number of documents"
             )
-        if detokenize is not None and not _has_name_and_source(detokenize):
-            raise ValueError(f"detokenize={detokenize!r} must be a function defined by name in a module")
+        detokenize = check_detokenizer(detokenize)
         if is_local(dataset):
             FileCorpus(resolve(dataset), text_column, text_unit)  # found and of a known kind, or refused now
         if isinstance(validation, str) and (is_local(dataset) or looks_like_path(validation)):
@@ -116,6 +132,7 @@ class PackedTextDataModule(L.LightningDataModule):
         if unknown := set(allow_changes) - set(FINGERPRINT):
             raise ValueError(f"allow_changes names {sorted(unknown)}, but there are only {', '.join(FINGERPRINT)}")
         self.text_unit, self.validation_rows, self.seed, self.verify = text_unit, validation_rows, seed, verify
+        self.max_document_bytes = max_document_bytes
         self.allow_changes = tuple(allow_changes)
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._names: dict[str, str] = {}
@@ -151,7 +168,13 @@ class PackedTextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Pack the corpus, or verify the files that an earlier run packed from the same things."""
         corpus = open_corpus(
-            self.dataset, self.text_column, self.text_unit, self.split, self.revision, self.config_name
+            self.dataset,
+            self.text_column,
+            self.text_unit,
+            self.split,
+            self.revision,
+            self.config_name,
+            self.max_document_bytes,
         )
         held_out = None if isinstance(self.validation, str) else self.validation
         parts: tuple[str, ...] = ("train",) if held_out is None else ("train", "validation")
@@ -166,6 +189,7 @@ class PackedTextDataModule(L.LightningDataModule):
                 self.split if local else self.validation,
                 self.revision,
                 self.config_name,
+                self.max_document_bytes,
             )
             paths |= pack(
                 other, self.loaded_tokenizer, self.folder, ("validation",), None, self.detokenize, self.verify
@@ -271,6 +295,20 @@ def check_resumed(stored: Mapping[str, object], given: Mapping[str, object], all
                 f"the checkpoint's run has {name} {stored[name]} and this one would go on with {value}: give the same, "
                 f"or insist with PackedTextDataModule(allow_changes=[{name!r}]), --data.allow_changes [{name}]"
             )
+
+
+def check_detokenizer(detokenize: str | Callable[[str], str] | None) -> Callable[[str], str] | None:
+    """What is applied to each text; ValueError if there is none of that name, or its source cannot be told."""
+    if isinstance(detokenize, str):
+        if detokenize not in DETOKENIZERS:
+            raise ValueError(
+                f"detokenize={detokenize!r} must be {' or '.join(map(repr, DETOKENIZERS))}, or a function of a module "
+                "of your own: in a recipe MODULE.FUNCTION, with --import MODULE"
+            )
+        return DETOKENIZERS[detokenize]
+    if detokenize is not None and not _has_name_and_source(detokenize):
+        raise ValueError(f"detokenize={detokenize!r} must be a function defined by name in a module")
+    return detokenize
 
 
 def _has_name_and_source(function: Callable[[str], str]) -> bool:

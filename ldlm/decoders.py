@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldlm.encoders import TokenEncoder
-from ldlm.layers import TransformerBlock, initialise
+from ldlm.layers import TransformerBlock, check_layers, initialise
 
 # Positions whose logits are held at once: 2,048 x 50,257 in float32 is 412 MB.
 CHUNK = 2048
@@ -130,6 +130,7 @@ class TransformerTokenDecoder(TokenDecoder):
 
     def __init__(self, hidden_size: int = 768, vocab_size: int = 50257, layers: int = 3, heads: int = 12) -> None:
         super().__init__(hidden_size, vocab_size)
+        check_layers(layers)
         self.layers = layers
         self.heads = heads
         self.blocks = nn.Sequential(*(TransformerBlock(hidden_size, heads, gated=True) for _ in range(layers)))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldlm.layers import ModulatedBlock, TimeEmbedding, check_heads, initialise, sinusoids
+from ldlm.layers import ModulatedBlock, TimeEmbedding, check_heads, check_layers, initialise, sinusoids
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # z_t [b m d], t [b] float32, self_condition [b m d] -> z0_hat
 Call = Callable[[Tensor, Tensor], Tensor]  # the same at a time that is known: z_t, self_condition -> z0_hat
@@ -77,6 +77,7 @@ class DiT(Denoiser):
     ) -> None:
         super().__init__(latent_size, num_latents)
         check_heads(width, heads)
+        check_layers(layers)
         self.width = width
         self.layers = layers
         self.heads = heads

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from ldlm.hub import local_folder, weights_digest
+from ldlm.hub import local_folder, weights_digest, weights_size
 from ldlm.packing import load_tokenizer
+from ldlm.sizes import building_at_most
 
 # Below this a feature's deviation is rounding: dividing by it would turn noise into a feature.
 MIN_STD = 1e-3
@@ -154,9 +155,15 @@ class FrozenTokenEncoder(TokenEncoder):
             self.sha256 = digest
             if folder.parent.name == "snapshots":  # the hub's cache names this folder after the commit
                 self.revision = folder.name
-            full = AutoModel.from_pretrained(
-                folder, dtype=DTYPES[self.dtype], use_safetensors=True, trust_remote_code=False
-            )
+            # config.json is no part of the digest, and could describe a model of any size.
+            with building_at_most(*weights_size(folder), f"model={self.model!r}"):
+                full = AutoModel.from_pretrained(
+                    folder,
+                    dtype=DTYPES[self.dtype],
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                )
             full.config.use_cache = False
             self.prepare(full.requires_grad_(False).eval())
             self._frozen.append(full)

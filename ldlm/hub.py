@@ -5,27 +5,77 @@ No section of the paper.
 """
 
 import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 
-from ldlm.files import resolve, sha256
+from ldlm.files import leads_out, resolve, sha256
+
+LARGEST_JSON = 2**26  # bytes; the tokenizer of Gemma 3, with 262,144 tokens, takes 33 MB
+_closed = ContextVar("closed", default=False)
+
+
+@contextmanager
+def only_the_file() -> Iterator[None]:
+    """Within, `local_folder` refuses: the model of a file is made of the file, whatever else it names."""
+    token = _closed.set(True)
+    try:
+        yield
+    finally:
+        _closed.reset(token)
 
 
 def local_folder(model: str, revision: str | None, *patterns: str) -> Path:
-    """The folder of a pre-trained model, fetched from the hub (files matching ``patterns``) if it is not one here."""
+    """The folder of a pre-trained model, fetched from the hub (files matching ``patterns``) if it is not one here.
+
+    Raises:
+        ValueError: If it is not to be had, or within `only_the_file`.
+    """
+    if _closed.get():
+        raise ValueError(
+            f"to make this model, the file wants model={model!r} to be read, and a file's model is made of the file "
+            "alone: it has to give what is to be read there, such as hidden_size and vocab_size of a token encoder"
+        )
+    if revision is not None and leads_out(revision):  # the hub's cache takes it for a path
+        raise ValueError(f"revision={revision!r} is no branch, tag or commit: give one")
     folder = Path(resolve(model))
     if folder.is_dir():
-        return folder
+        return check_json(folder)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        return check_json(Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns))))
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"model={model!r} is neither a folder here nor a model that could be fetched from the hub "
             f"({type(error).__name__}): check the name and the network, or give the path of a local folder "
             "(of a token encoder: as model=..., or as --encoder FOLDER with --ckpt_path)"
         ) from error
+
+
+def check_json(folder: Path) -> Path:
+    """The folder again; ValueError if one of its JSON files, each of which is read whole, is too large to be one."""
+    for file in folder.glob("*.json"):
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{file} has {size:,} bytes, and is read whole: {LARGEST_JSON:,} are the most")
+    return folder
+
+
+def weights_size(folder: Path) -> tuple[int, int]:
+    """How many tensors ``model.safetensors``, or its shards, have, and how many numbers these hold."""
+    numbers = []
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(file, "pt") as weights:
+                names = weights.keys()
+                numbers += [math.prod(weights.get_slice(name).get_shape()) for name in names]
+        except SafetensorError as error:
+            raise ValueError(f"{file} could not be read ({error}): fetch it again") from error
+    return len(numbers), sum(numbers)
 
 
 def weights_digest(folder: Path) -> str:

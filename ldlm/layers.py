@@ -17,6 +17,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+DEEPEST = 1000  # layers of the deepest transformer that has been published (DeepNet, arXiv 2203.00555)
+
+
+def check_layers(layers: int) -> None:
+    """Raise ValueError unless ``layers`` is 0 to `DEEPEST`: one zero too many and the constructor would never end."""
+    if not 0 <= layers <= DEEPEST:
+        raise ValueError(f"layers={layers} must be at least 0 and at most {DEEPEST:,}")
+
 
 def check_heads(width: int, heads: int) -> None:
     """Raise ValueError unless ``heads`` divides ``width``."""
@@ -191,6 +199,7 @@ class Resampler(nn.Module):
         heads: int,
     ) -> None:
         super().__init__()
+        check_layers(layers)
         self.positions = nn.Parameter(sinusoids(torch.arange(num_inputs), input_width))
         self.queries = nn.Parameter(sinusoids(torch.arange(num_queries) * (num_inputs / num_queries), width))
         self.blocks = nn.ModuleList(ResamplerBlock(width, input_width, heads) for _ in range(layers))
@@ -215,6 +224,7 @@ class Transformer(nn.Module):
         self, input_width: int, num_inputs: int, width: int, output_width: int, layers: int, heads: int
     ) -> None:
         super().__init__()
+        check_layers(layers)
         self.input = nn.Linear(input_width, width)
         self.positions = nn.Parameter(sinusoids(torch.arange(num_inputs), width))
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ldlm.corpus import Corpus
-from ldlm.files import resolve, sweep, verify_blocks, write_atomically
+from ldlm.files import resolve, sweep, verify_blocks, visible, write_atomically
 from ldlm.rows import PackedRows
 
 FORMAT_VERSION = 1
@@ -202,7 +202,7 @@ def pack(
         header["digest"] = _fingerprint(header)
         with write_atomically(paths[part].with_suffix(".json")) as handle:
             handle.write(json.dumps(header, indent=1).encode())
-        rank_zero_info(f"packed {stream.documents:,} documents, {stream.tokens:,} tokens into {paths[part]}")
+        rank_zero_info(f"packed {stream.documents:,} documents, {stream.tokens:,} tokens into {visible(paths[part])}")
     return paths
 
 

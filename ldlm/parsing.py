@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ldlm.files import visible
+
 REQUIRED = {
     "warmup.steps": "it is the length of the diffusion-to-encoder warm-up in optimizer steps, 0 for none (the paper's "
     "worst row)",
@@ -24,7 +26,7 @@ class Fault(Exception):
 
 def fail(sentence: str) -> NoReturn:
     """Print one sentence on standard error and exit with status 2."""
-    print(f"ldlm: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"ldlm: {visible(' '.join(sentence.split()))}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -1,9 +1,12 @@
 """Recipes of others, looked at before they are believed.
 
-In: the path of a YAML file. Out: the same path, or one sentence about what is wrong with it.
-No section of the paper. What YAML allows and no recipe needs is refused where it would mislead (a key given twice, of
+In: the path of a YAML file, or YAML text. Out: the same path, or what is in it; or one sentence about what is wrong.
+No section of the paper. A recipe can name any class and is therefore code: this is no protection from one that means
+harm. What YAML allows and no recipe needs is refused where it would mislead (a key given twice, of
 which the first is forgotten) or never end (aliases of aliases, nesting without end).
 """
+
+from typing import Any, TextIO
 
 import yaml
 
@@ -18,14 +21,34 @@ def checked(path: str) -> str:
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
-        if root is not None and _size(root, {}, 0) > MOST:
-            raise ValueError(f"with its aliases written out it has more than {MOST:,} values")
-    except RecursionError:
-        raise ValueError(f"{path} cannot be read as a recipe: it is more than {DEEPEST} levels deep") from None
+            check(file)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from None
     return path
+
+
+def check(text: str | TextIO) -> None:
+    """Look at YAML text before it is read.
+
+    Raises:
+        ValueError: If it gives a key twice, or means more than anybody wrote.
+        yaml.YAMLError: If it is not YAML.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None and _size(root, {}, 0) > MOST:
+            raise ValueError(f"with its aliases written out it has more than {MOST:,} values")
+    except RecursionError:
+        raise ValueError(f"it is more than {DEEPEST} levels deep") from None
+
+
+def read(path: str) -> Any:
+    """What a YAML file says, once it is `checked`; ValueError if it is not YAML, or a value in it is impossible."""
+    with open(checked(path), encoding="utf-8-sig") as file:
+        try:
+            return yaml.safe_load(file)
+        except (ValueError, yaml.YAMLError) as error:  # a date that is none, a list as a key
+            raise ValueError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from None
 
 
 def _size(node: yaml.Node, sizes: dict[yaml.Node, int], depth: int) -> int:

@@ -26,7 +26,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ldlm.files import sha256, sweep, write_atomically
+from ldlm.files import sha256, sweep, visible, write_atomically
+from ldlm.sizes import check_storages
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -70,7 +71,7 @@ class CheckpointFiles(TorchCheckpointIO):
                 raise OSError(told) from error
             if self.failures >= self.tries:
                 raise OSError(f"{told}; as this is save {self.failures} in a row that failed, the run ends") from error
-            rank_zero_warn(f"{told}; training goes on, and ends if {self.tries} saves in a row fail")
+            rank_zero_warn(f"{visible(told)}; training goes on, and ends if {self.tries} saves in a row fail")
         else:
             self.failures = 0
             self._leaving.discard(str(path))
@@ -83,13 +84,25 @@ class CheckpointFiles(TorchCheckpointIO):
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint and its digest, once the save that takes its place has succeeded."""
+        """Remove a checkpoint and its digest, once the save that takes its place has succeeded; never anything else."""
         self._leaving.add(str(path))
         while self._leaving and not self.failures:
-            leaving = self._leaving.pop()
-            super().remove_checkpoint(leaving)
-            if not is_remote(leaving):
-                digest_file(Path(leaving)).unlink(missing_ok=True)
+            remove(self._leaving.pop())
+
+
+def remove(path: str) -> None:
+    """Remove one checkpoint file and its digest. What has another name, or is a folder, stays, with a warning."""
+    if not path.endswith(".ckpt"):
+        rank_zero_warn(f"{path} is not removed: only files called .ckpt are")
+    elif is_remote(path):
+        files, inner = url_to_fs(path)
+        if files.isfile(inner):
+            files.rm_file(inner)
+    elif Path(path).is_dir():
+        rank_zero_warn(f"{path} is not removed: it is a folder")
+    else:
+        Path(path).unlink(missing_ok=True)
+        digest_file(Path(path)).unlink(missing_ok=True)
 
 
 def not_finite(state: dict[str, Any]) -> list[str]:
@@ -119,7 +132,13 @@ def unreadable(value: Any, name: str) -> str | None:
     Plain data are told by their exact types, as numpy.float64 is a float, but not to a reader; torch itself is asked
     about everything else.
     """
-    if type(value) in (NoneType, bool, int, float, str) or (type(value) is Tensor and not vars(value)):
+    if type(value) in (NoneType, bool, int, float, str):
+        return None
+    if type(value) is Tensor and not vars(value):
+        try:
+            check_storages(value)
+        except ValueError as error:
+            return f"{name} {error} (tensor.expand makes such; clone it)"
         return None
     if type(value) in (dict, OrderedDict):
         inner = [
@@ -210,7 +229,8 @@ def read(path: str | Path) -> Any:
         raise ValueError(f"checkpoint {path} does not exist{there}")
     content = _unpack(path, str(path))
     if not digest_file(path.resolve()).exists():
-        rank_zero_warn(f"{path} has no {digest_file(path).name} beside it: the checksums in it alone verified it")
+        name, beside = visible(path), visible(digest_file(path).name)
+        rank_zero_warn(f"{name} has no {beside} beside it: the checksums in it alone verified it")
     return content
 
 
@@ -218,7 +238,9 @@ def _unpack(path: Path, source: str) -> Any:
     reason = damage(path)
     if reason is None:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            check_storages(content)
+            return content
         except Exception as error:  # a stranger's bytes can make the reader raise anything
             reason = f"could not be read as a checkpoint ({str(error).partition(chr(10))[0]})"
     other = _newest(file for file in path.parent.glob("*.ckpt") if file != path)
@@ -280,7 +302,7 @@ def last_of_run(trainer: L.Trainer) -> Path | None:
             if isinstance(logger, TensorBoardLogger) and version is None and not callbacks and number.isdecimal():
                 logger._version = int(number)
             return found
-    rank_zero_info(f"there is no whole checkpoint in {place} to go on from: training starts from scratch")
+    rank_zero_info(f"there is no whole checkpoint in {visible(place)} to go on from: training starts from scratch")
     return None
 
 
@@ -289,7 +311,7 @@ def _newest(paths: Iterable[Path]) -> Path | None:
         reason = damage(path) or ("holds no state that training could go on from" if step == math.inf else None)
         if reason is None:
             return path
-        rank_zero_warn(f"{path} {reason}: it is passed over")
+        rank_zero_warn(f"{visible(path)} {visible(reason)}: it is passed over")
     return None
 
 
@@ -297,7 +319,8 @@ def _age(path: Path) -> tuple[float, float]:
     """(optimizer step, time of writing); what cannot be read comes first, so that it is told of."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, _ = int(content["global_step"] + 0), (content["ldlm"], content["optimizer_states"])
-        return step, path.stat().st_mtime
+        check_storages(content)
+        step, _ = content["global_step"], (content["ldlm"], content["optimizer_states"])
+        return (step if type(step) is int else math.inf), path.stat().st_mtime
     except Exception:  # a stranger's bytes can make the reader raise anything
         return math.inf, 0.0

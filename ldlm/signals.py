@@ -19,6 +19,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ldlm.files import visible
 from ldlm.guards import Later
 from ldlm.saving import CheckpointFiles
 
@@ -110,7 +111,7 @@ class StopOnSignal(L.Callback):
         saved = f"go on with --ckpt_path {path}" if path else "nothing was saved: the trainer keeps no checkpoints"
         if isinstance(files, CheckpointFiles) and files.failures:
             saved = f"{path} could not be written (a warning above says why): go on from what was saved before"
-        rank_zero_info(f"{signal.Signals(signum).name} after step {trainer.global_step}: {saved}")
+        rank_zero_info(f"{signal.Signals(signum).name} after step {trainer.global_step}: {visible(saved)}")
         requeue = "_slurm_sigusr_handler_fn"  # saves where Lightning looks in a requeued job, and calls scontrol
         if signum in _requeue_signals(trainer) and requeue in dir(trainer._signal_connector):
             trainer._signal_connector._slurm_sigusr_handler_fn(signal.Signals(signum), None)  # type: ignore[arg-type]

@@ -34,8 +34,10 @@ from ldlm.checkpoints import (
 )
 from ldlm.files import sha256, write_atomically
 from ldlm.generation import Generation
-from ldlm.hub import local_folder
+from ldlm.hub import local_folder, only_the_file
+from ldlm.restoring import CheckedStates
 from ldlm.saving import CheckpointFiles, check_readable, is_remote, last_checkpoint, not_finite, prepare
+from ldlm.sizes import building_at_most, storage_numbers
 
 __all__ = ["Storage", "last_checkpoint"]
 
@@ -62,11 +64,12 @@ class Storage(Generation):
         return {"format": FORMAT, "version": ldlm.__version__, "model": model}
 
     def configure_model(self) -> None:
-        """Put our reader and writer of files in the place of Lightning's own; refuse what could never be saved.
+        """Put our reader, writer and checks of files in the place of Lightning's own; refuse what could never be saved.
 
         The hook is the first after callbacks know their folders, and stands before a checkpoint is read.
         """
         trainer = self.trainer
+        CheckedStates.look_at(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else it is the user's choice
             trainer.strategy.checkpoint_io = CheckpointFiles()
         if isinstance(files := trainer.strategy.checkpoint_io, CheckpointFiles):
@@ -94,6 +97,7 @@ class Storage(Generation):
             "callbacks": {callback.state_key: callback.state_dict() for callback in callbacks},
             "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "hyper_parameters": dict(self.hparams),
+            "state_dict": self.state_dict(),
         }
         if data is not None:
             kept |= {type(data).__qualname__: data.state_dict(), "datamodule_hyper_parameters": dict(data.hparams)}
@@ -212,9 +216,17 @@ class Storage(Generation):
         source: str,
         device: str | torch.device,
     ) -> Self:
-        """A model from its description, its tensors and its tokenizer."""
-        model = make(cls, about["model"]["init_args"] | {"tokenizer": tokenizer})
-        check_weights(model, state, source)
+        """A model from its description, its tensors and its tokenizer.
+
+        It is made twice: without memory, to be compared with the tensors, and for real once it has their sizes. The
+        second time also fills what is in no file, such as buffers registered with ``persistent=False``.
+        """
+        arguments = about["model"]["init_args"] | {"tokenizer": tokenizer}
+        sizes = len(state), storage_numbers(state.values())
+        with only_the_file():
+            with building_at_most(*sizes, source), torch.random.fork_rng(devices=[]), torch.device("meta"):
+                check_weights(make(cls, arguments), state, source)
+            model = make(cls, arguments)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:  # of a kind that cannot be copied, such as sparse ones

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ldlm.compiling import compile_blocks
-from ldlm.files import write_atomically
+from ldlm.files import visible, write_atomically
 from ldlm.grids import AdaptedGrid, LogSNRGrid, MixedGrid, TimeGrid, UniformGrid
 from ldlm.module import LDLM
 from ldlm.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama, OnStep, Sampler
@@ -135,13 +135,13 @@ def write_batches(model: LDLM, batches: Iterable[Tensor], options: argparse.Name
         for tokens in batches:
             for text, ids in zip(model.to_text(tokens), without_specials(model, tokens), strict=True):
                 if file is None:
-                    print(f"[{number}] {text}\n", flush=True)
+                    print(f"[{number}] {visible(text)}\n", flush=True)
                 else:
                     line = json.dumps({"index": number, "text": text, "ids": ids}, ensure_ascii=False)
                     file.write(f"{line}\n".encode())
                 number += 1
     if options.output:
-        print(f"{options.num_samples} texts are in {options.output}")
+        print(f"{options.num_samples} texts are in {visible(options.output)}")
 
 
 def check_output(output: str | None, option: str = "--output") -> None:

@@ -11,6 +11,7 @@ checkpoint in it, and ``fit --ckpt_path last`` goes on with the run that saved l
 """
 
 import logging
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 import transformers
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -47,11 +49,12 @@ from ldlm import (
 from ldlm.agreement import check_encoder
 from ldlm.callbacks import DiffusionToEncoderWarmup
 from ldlm.checkpoints import read_checkpoint
-from ldlm.cli import recipe_file
-from ldlm.data import PackedTextDataModule, load_tokenizer
+from ldlm.cli import IMPORTED, current_folder_last, recipe_file
+from ldlm.data import PackedTextDataModule, check_detokenizer, load_tokenizer
 from ldlm.module import LDLM
 from ldlm.packing import name_tokenizer, tokenizer_digest
 from ldlm.parsing import Fault, explain, fail, value_of
+from ldlm.recipes import check
 from ldlm.saving import last_checkpoint, last_of_run
 from ldlm.stages import FixedLatents, TokenDecoderStage
 from ldlm.watch import ReconstructionWriter
@@ -77,6 +80,18 @@ ROOMS = (
 )
 CLASSES = sorted({name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)})
 KEYWORDS = ("best", "last", "hpc", "registry")  # values of --ckpt_path that Lightning looks up itself
+
+
+def load_yaml(text: str) -> Any:
+    """A value on the command line, in a recipe or in a file that a recipe names, checked as recipes are."""
+    try:
+        check(text)
+    except ValueError as error:
+        raise ValueError(f"the value or file that begins with {text[:40]!r} cannot be read as YAML: {error}") from None
+    return get_loader("yaml")(text)
+
+
+set_loader("recipe", load_yaml, (yaml.YAMLError,))
 
 
 class NamedConfig(ActionConfigFile):  # type: ignore[misc]  # jsonargparse is read as untyped
@@ -129,7 +144,7 @@ class LDLMCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose ``--config`` takes names."""
-        parser = ShortErrors(dump_header=[f"ldlm=={__version__}"], **kwargs)
+        parser = ShortErrors(dump_header=[f"ldlm=={__version__}"], parser_mode="recipe", **kwargs)
         parser.add_argument("-c", "--config", action=NamedConfig, help="a recipe's name (ldlm presets) or a file")
         return parser
 
@@ -183,6 +198,16 @@ class LDLMCLI(LightningCLI):
                 compute_fn=lambda latents, tokens: tokens if latents is None else latents,
             )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read words and recipes, whose classes may be in the current folder."""
+        with current_folder_last():
+            super().parse_arguments(parser, args)
+        data = self.config[self.config.subcommand].data
+        data.detokenize = find_detokenizer(data.detokenize)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint into the configuration: Lightning 2.6.6 merges its hyperparameters there."""
+
     def instantiate_classes(self) -> None:
         """Take the model from the checkpoint where there is one, and compare what was given with what it holds."""
         trainer = self.config[self.config.subcommand].trainer
@@ -222,6 +247,18 @@ class LDLMCLI(LightningCLI):
                 )
         move_encoder(stored, options.encoder)
         self.model = stored
+
+
+def find_detokenizer(name: Any) -> Any:
+    """The function that a recipe names as MODULE.FUNCTION, of a module named by ``--import``; else what is given.
+
+    Raises:
+        ValueError: If the name is of another function, or of none.
+    """
+    module, _, function = str(name).rpartition(".")
+    found = vars(sys.modules[module]).get(function, name) if module in IMPORTED else name
+    check_detokenizer(found)
+    return found
 
 
 def move_encoder(model: LDLM, folder: str | None) -> None:

@@ -6,6 +6,8 @@ Paper: Fig. 5 and 6.
 
 import json
 import os
+import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from ldlm.callbacks import DiffusionToEncoderWarmup, as_ldlm
 from ldlm.figures import gamma_curve, loss_over_time
-from ldlm.files import write_atomically
+from ldlm.files import visible, write_atomically
 from ldlm.module import LDLM
 
 CURVE_BINS = 20  # held-out rows are few: fewer bins than the timestep sampler's
@@ -151,14 +154,16 @@ class ShowSamples(L.Callback):
         console = Console()
         table = Table("generated", "real", title=f"after {trainer.global_step} steps", show_lines=True, expand=True)
         for generated, real in zip(texts, self._real(trainer, model), strict=False):
-            table.add_row(generated, real)
+            table.add_row(Text(visible(generated)), Text(visible(real)))
         console.print(table)
         best = checkpoint_path(trainer)
         if best:
-            console.print(f"Generate more:  ldlm generate {best} -n 8 --nfe {self.nfe}", soft_wrap=True, markup=False)
+            more = f"Generate more:  ldlm generate {visible(shlex.quote(best))} -n 8 --nfe {self.nfe}"
+            console.print(Text(more), soft_wrap=True)
         writer = tensorboard(trainer)
         if writer is not None:
-            console.print(f"Look at it:     tensorboard --logdir {writer.log_dir}", soft_wrap=True, markup=False)
+            where = visible(shlex.quote(writer.log_dir))
+            console.print(Text(f"Look at it:     tensorboard --logdir {where}"), soft_wrap=True)
 
     def _real(self, trainer: L.Trainer, model: LDLM) -> list[str]:
         """Texts of the first batch of the first loader that has one, held-out rows before those trained on."""
@@ -201,7 +206,7 @@ class ReconstructionWriter(L.Callback):
             path = path.with_stem(f"{path.stem}-{trainer.global_rank}")
         with write_atomically(path) as file:
             file.write("".join(line + "\n" for line in self._lines).encode())
-        Console(stderr=True).print(f"{len(self._lines)} rows and their reconstructions are in {path}", markup=False)
+        Console(stderr=True).print(Text(f"{len(self._lines)} rows and their reconstructions are in {visible(path)}"))
         self._lines = []
 
 
@@ -227,5 +232,5 @@ def checkpoint_path(trainer: L.Trainer) -> str:
 
 
 def cell(text: str) -> str:
-    """A text as one cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
+    """A text as one cell of a Markdown table, none of it Markdown or HTML: TensorBoard would fetch images it names."""
+    return re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", " ".join(visible(text).split()))

@@ -347,7 +347,7 @@ def test_the_command_line_can_build_it_from_yaml(tmp_path, texts):
     settings.write_text(
         "class_path: ldlm.data.PackedTextDataModule\n"
         f"init_args: {{dataset: {texts}, tokenizer: '{MINILM}', sequence_length: 8, batch_size: 4, validation: 7, "
-        "detokenize: ldlm.data.lm1b_detokenizer, cache_dir: null}\n"
+        "detokenize: lm1b, cache_dir: null}\n"
     )
     data = parser.instantiate(parser.parse_args([f"--data={settings}"])).data
     assert (data.validation, type(data.validation)) == (7, int)

@@ -12,11 +12,11 @@ import pytest
 WING = Path(__file__).parent.parent / "ldlm"
 # Reading order is import order.
 ORDER = [
-    "files", "hub", "noise", "corpus", "rows", "packing", "data",
+    "files", "hub", "sizes", "noise", "corpus", "rows", "packing", "data",
     "layers", "compiling", "encoders", "latents", "schedules", "timesteps", "denoiser", "grids", "samplers", "decoders",
-    "scorer", "metrics", "memorisation", "agreement", "saving", "checkpoints", "objective", "generation", "storage",
-    "optimisation", "guards", "signals", "module", "callbacks", "speed", "cache", "likelihood", "stages", "figures",
-    "watch", "scoring", "testing", "texts", "parsing", "recipes", "cli", "training", "__main__",
+    "scorer", "metrics", "memorisation", "agreement", "saving", "restoring", "checkpoints", "objective", "generation",
+    "storage", "optimisation", "guards", "signals", "module", "callbacks", "speed", "cache", "likelihood", "stages",
+    "figures", "watch", "scoring", "testing", "texts", "parsing", "recipes", "cli", "training", "__main__",
 ]  # fmt: skip
 # The second wing measures what the first makes; of the first, only the command knows it.
 LAB_ORDER = [

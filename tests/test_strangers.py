@@ -239,7 +239,8 @@ def test_one_line_of_fifty_megabytes_is_packed(tmp_path, gpt2_tokenizer):
     text = " ".join(["word and another, " * 1000] * 2800)
     assert len(text) > 50e6
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}))
-    path = pack(open_corpus(str(tmp_path / "long.jsonl")), gpt2_tokenizer, tmp_path)["train"]
+    corpus = open_corpus(str(tmp_path / "long.jsonl"), max_document_bytes=60_000_000)
+    path = pack(corpus, gpt2_tokenizer, tmp_path)["train"]
     ids = stream(path)
     assert gpt2_bytes(ids[:-1], gpt2_tokenizer).decode() == text
     assert ids[-1] == 50256

@@ -286,8 +286,8 @@ class FakeSlot(Slot):
         self.hub = hub
 
     def run(self, words, log, locks):
-        assert words[:3] == [sys.executable, "-m", "ldlm"]
-        command = words[3:]
+        assert words[:4] == [sys.executable, "-P", "-m", "ldlm"]
+        command = words[4:]
         work = Path(log.name).parent
         cell, seed = re.fullmatch(r"(.+)-seed(\d+)", work.name).groups()
         with self.hub.lock:
@@ -548,10 +548,10 @@ def test_modules_imported_for_a_study_are_imported_by_its_commands(hub, monkeypa
     Path("my_part.py").write_text("")
     with pytest.raises(SystemExit):
         cli.main(["--import", "my_part", *STUDY, "--only", "a"])
-    assert seen[0][3:6] == ["--import", "my_part", "fit"]
+    assert seen[0][4:7] == ["--import", "my_part", "fit"]
     with pytest.raises(SystemExit):
         cli.main([*STUDY, "--only", "a"])
-    assert seen[1][3] == "fit"
+    assert seen[1][4] == "fit"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,13 @@ def test_the_key_and_the_type_are_named(value, told):
     assert unreadable(value, "callbacks") == told
 
 
+def test_a_buffer_that_repeats_its_storage_is_refused_before_the_first_step(tmp_path):
+    model = make_model()
+    model.register_buffer("scale", torch.ones(1).expand(3))
+    with pytest.raises(ValueError, match=r"state_dict\['scale'\] holds a tensor of shape \[3\] with 4 bytes.*clone it"):
+        fit(tmp_path, model=model)
+
+
 class Keeps(L.Callback):
     """Somebody's callback, whose state may change while the run goes on."""
 

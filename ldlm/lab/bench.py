@@ -22,6 +22,7 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from ldlm.checkpoints import describe
@@ -29,7 +30,7 @@ from ldlm.compiling import compile_blocks
 from ldlm.decoders import TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
 from ldlm.encoders import PretrainedTokenEncoder
-from ldlm.files import short, write_atomically
+from ldlm.files import short, visible, write_atomically
 from ldlm.lab.baselines import Sampled, TokenBackbone, lazy_masked_diffusion, masked_diffusion, one_hot_flow
 from ldlm.lab.bench_packing import bench_packing
 from ldlm.lab.bench_training import bench_training
@@ -88,12 +89,16 @@ def run_bench(options: argparse.Namespace) -> None:
     where = result["surroundings"]
     caption = f"{result['seconds_of']} on {where['device']} ({where['cpu']}), {where['threads']} threads, "
     caption += f"{result['cores_had']:.2f} cores had"
-    shown, columns = Table("", title=command, caption=caption, box=SIMPLE), ("median", "min", "max")
+    title = Text(visible(command), "table.title")
+    shown = Table("", title=title, caption=Text(visible(caption), "table.caption"), box=SIMPLE)
+    columns = ("median", "min", "max")
     for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
     for name, found in result["measures"].items():
         numbers = found if isinstance(found, dict) else {"median": found}
-        shown.add_row(name.replace("_", " "), *(f"{numbers[key]:.4g}" if key in numbers else "" for key in columns))
+        shown.add_row(
+            Text(visible(name.replace("_", " "))), *(f"{numbers[key]:.4g}" if key in numbers else "" for key in columns)
+        )
     Console(width=None if sys.stdout.isatty() else 120).print(shown)
 
 

@@ -207,7 +207,7 @@ def execute(cell: Cell, command: tuple[str, ...], slot: Slot, locks: list[int]) 
     log = cell.work / f"{command[0]}.log"
     start = time.monotonic()
     with log.open("a", encoding="utf-8") as file:
-        status = slot.run([sys.executable, "-m", "ldlm", *imports, *words], file, locks)
+        status = slot.run([sys.executable, "-P", "-m", "ldlm", *imports, *words], file, locks)
     seconds = time.monotonic() - start
     if status != 0:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from ldlm.figures import SIZE
+from ldlm.figures import SIZE, drawn
 from ldlm.files import write_atomically
 
 SUFFIXES = (".png", ".pdf")
@@ -64,7 +64,7 @@ def frontier(
     ours = []
     for place, (name, points) in enumerate(lines.items()):
         color = f"C{place}"
-        ours += axes.plot(*_columns(points), color=color, linewidth=1.2, label=name, marker=".", zorder=3)
+        ours += axes.plot(*_columns(points), color=color, linewidth=1.2, label=drawn(name), marker=".", zorder=3)
         for point in points:
             face = color if point.seconds is not None else "white"
             area = _area(point.seconds or 0.0, longest)
@@ -110,7 +110,7 @@ def _disc(area: float, label: str, face: str = "grey") -> Line2D:
 
 def _grey(axes: Axes, name: str, points: Sequence[Point], place: int) -> Line2D:
     shade, marker = f"{0.45 + 0.05 * (place % 8)}", MARKERS[place % len(MARKERS)]
-    return axes.plot(*_columns(points), color=shade, marker=marker, markersize=4, linewidth=0.8, label=name)[0]
+    return axes.plot(*_columns(points), color=shade, marker=marker, markersize=4, linewidth=0.8, label=drawn(name))[0]
 
 
 def _star(axes: Axes, point: Point, label: str, face: str) -> Line2D:
@@ -124,7 +124,7 @@ def _heading(text: str) -> Line2D:
 
 
 def _perplexity(scorer: str) -> str:
-    return f"generative perplexity{f'{chr(10)}({scorer})' if scorer else ''}"
+    return f"generative perplexity{f'{chr(10)}({drawn(scorer)})' if scorer else ''}"
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -147,7 +147,7 @@ def interpolation(curves: Mapping[str, Mapping[str, Sequence[float]]], scorer: s
     figure = Figure(figsize=(1.3 * SIZE[0], 1.2 * SIZE[1]), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
-        axes.plot(curve["a"], curve["perplexity"], marker=".", label=name)
+        axes.plot(curve["a"], curve["perplexity"], marker=".", label=drawn(name))
     axes.set(xlabel="a, of the decoded (1 − a) z₁ + a z₂", ylabel=_perplexity(scorer), xlim=(-0.02, 1.02))
     _logarithmic(axes)
     return _named(figure, curves)
@@ -163,7 +163,7 @@ def reconstruction(curves: Mapping[str, Mapping[str, Sequence[float]]], trained:
     figure = Figure(figsize=(1.3 * SIZE[0], 1.2 * SIZE[1]), layout="constrained")
     axes = figure.subplots()
     for place, (name, curve) in enumerate(curves.items()):
-        axes.plot(curve["noise"], curve["accuracy"], marker=".", color=f"C{place}", label=name)
+        axes.plot(curve["noise"], curve["accuracy"], marker=".", color=f"C{place}", label=drawn(name))
         axes.axvline(trained[name], color=f"C{place}", linestyle="--", linewidth=1)
     label = "deviation of the noise added to latents\n(dashed: $\\sigma_\\mathrm{dec}$, as trained)"
     axes.set(xlabel=label, ylabel="tokens that come back (share)", ylim=(0, 1.02))
@@ -181,7 +181,7 @@ def spectrum(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
     left, right = figure.subplots(1, 2)
     for name, values in spectra.items():
         ranks = range(1, len(values["std"]) + 1)
-        left.plot(ranks, values["eigenvalues"], label=f"{name}: {values['dimensions']:.1f} effective dimensions")
+        left.plot(ranks, values["eigenvalues"], label=f"{drawn(name)}: {values['dimensions']:.1f} effective dimensions")
         right.plot(ranks, values["std"])
     left.set(xlabel="eigenvalue, by size", ylabel="share of the variance", yscale="log")
     right.set(xlabel="latent coordinate, by size", ylabel="standard deviation", ylim=(0, None))

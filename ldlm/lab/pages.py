@@ -29,4 +29,4 @@ def write_page(path: str | Path, template: str, values: dict[str, Any]) -> None:
     )
     page = environment.get_template(template).render(values)
     with write_atomically(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="backslashreplace"))  # a file's name may be no UTF-8

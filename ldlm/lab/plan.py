@@ -6,15 +6,15 @@ Paper: the rows of Tables 1, 2 and 4-7.
 
 import hashlib
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldlm.cli import CONFIGS, preset_names, recipe_file
 from ldlm.parsing import nearest
+from ldlm.recipes import read
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ SCALES = {
 }
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")  # of a cell, which is that of its folder and files, too
+NAMED = "of up to 100 letters, digits and . _ + = - (in quotes, if it is a number), as it names files"
 CELL = ("configs", "command", "from", "fit_only")  # what a study says of a cell, besides a scale's own options
 
 
@@ -93,8 +95,11 @@ class Cell:
 
 def content(name: str) -> str:
     """A digest of what a recipe says, whatever its comments and its layout."""
-    parsed = yaml.safe_load(Path(recipe_file(name)).read_text(encoding="utf-8"))
-    return hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()[:16]
+    try:
+        text = json.dumps(read(recipe_file(name)), sort_keys=True)
+    except TypeError as error:  # a date as a value, or keys of several types
+        raise ValueError(f"--config {name}: a recipe's keys are words, and its values no dates ({error})") from None
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def find_study(name: str) -> dict[str, Any]:
@@ -106,19 +111,10 @@ def find_study(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(CONFIGS / "studies" / f"{name}.yaml"))
     if not path.is_file():
         raise ValueError(f"there is no study {name!r}{nearest(name, preset_names('studies'))}")
-    try:
-        study = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    study = read(str(path))
     if not isinstance(study, dict) or not all(isinstance(study.get(key), dict) for key in ("base", "cells", "tables")):
         raise ValueError(f"{path} is no study: it needs base, cells and tables, as those that ldlm presets lists have")
-    for name, cell in study["cells"].items():
-        wrong = sorted(set(cell) - {*CELL, *SCALES}) if isinstance(cell, dict) else [repr(cell)]
-        if wrong:
-            raise ValueError(f"{path.name}: the cell {name} has {wrong[0]}{nearest(wrong[0], [*CELL, *SCALES])}")
-    for title, table in study["tables"].items():
-        if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
-            raise ValueError(f"{path.name}: the table {title} needs rows of the form NAME: {{cell: CELL}}")
+    check_shapes(study, path.name)
     rows = [row.get("cell") for table in study["tables"].values() for row in table.values()]
     above: set[str] = set()
     for name, cell in study["cells"].items():
@@ -136,6 +132,67 @@ def find_study(name: str) -> dict[str, Any]:
     if len(set(folded)) < len(folded):
         raise ValueError(f"{path.name} has two cells whose files would have one name: {', '.join(study['cells'])}")
     return study
+
+
+def check_shapes(study: dict[str, Any], file: str) -> None:
+    """Compare a study with what is read of it: names, lists of words, pairs of numbers.
+
+    Raises:
+        ValueError: If something has another shape, or a cell's name is not one for files.
+    """
+
+    def shape(there: bool, where: str, wanted: str, found: object) -> None:
+        if not there:
+            raise ValueError(f"{file}: {where} must be {wanted}, and is {repr(found)[:60]}")
+
+    def pair(value: object) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(isinstance(number, int | float) and not isinstance(number, bool) for number in value)
+        )
+
+    shape(isinstance(study.get("published", ""), str), "published", "text, in quotes", study.get("published"))
+    for scale, configs in study["base"].items():
+        shape(scale in SCALES, "base", f"recipes by scale ({', '.join(SCALES)})", scale)
+        shape(are_words(configs), f"base.{scale}", "a list of recipes", configs)
+    shape(bool(study["cells"]), "cells", "at least one cell", study["cells"])
+    for name, cell in study["cells"].items():
+        shape(isinstance(name, str) and bool(NAME.fullmatch(name)), "a cell's name", NAMED, name)
+        wrong = sorted({*map(str, cell)} - {*CELL, *SCALES}) if isinstance(cell, dict) else [repr(cell)[:60]]
+        if wrong:
+            raise ValueError(f"{file}: the cell {name} has {wrong[0]}{nearest(wrong[0], [*CELL, *SCALES])}")
+        for key in ("configs", *SCALES):
+            shape(
+                are_words(cell.get(key, [])), f"{key} of the cell {name}", "a list of words, in quotes", cell.get(key)
+            )
+        command = cell.get("command", "fit")
+        shape(command in ("fit", "fit-decoder"), f"command of the cell {name}", "fit or fit-decoder", command)
+        alone = cell.get("fit_only", False)
+        shape(isinstance(alone, bool), f"fit_only of the cell {name}", "true or false", alone)
+        origin = cell.get("from", {})
+        fits = isinstance(origin, dict) and are_words([*origin.values()])
+        shape(fits, f"from of the cell {name}", "{cell: CELL, option: --OPTION}", origin)
+    for title, table in study["tables"].items():
+        for row, about in table.items() if isinstance(table, dict) else [(None, None)]:
+            named = isinstance(title, str) and isinstance(row, str)
+            if not named or not isinstance(about, dict) or not isinstance(about.get("cell"), str):
+                raise ValueError(
+                    f"{file}: the table {title} needs rows of the form NAME: {{cell: CELL}}, names in quotes"
+                )
+            for key, value in about.items():
+                shape(key == "cell" or pair(value), f"{key} of the row {row}", "[mean, standard deviation]", value)
+    for key in ("real", "curves", "paths", "noise"):
+        shape(isinstance(study.get(key, {}), dict), key, "names and what they stand for", study.get(key))
+    for key, value in study.get("real", {}).items():
+        shape(pair(value), f"{key} of real", "[mean, standard deviation]", value)
+    for row, cell in study.get("curves", {}).items():
+        shape(isinstance(row, str) and isinstance(cell, str), f"{row} in curves", "the name of a cell", cell)
+
+
+def are_words(value: object) -> bool:
+    """Say whether a value is a list of words."""
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def plan(study: dict[str, Any], scale: str, seeds: int, output: Path, work: Path, extra: list[str]) -> list[Cell]:

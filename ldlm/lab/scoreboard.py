@@ -13,8 +13,10 @@ import yaml
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
-from ldlm.figures import loss_over_time
+from ldlm.figures import drawn, loss_over_time
+from ldlm.files import visible
 from ldlm.lab.figures import Point, frontier, interpolation, reconstruction, spectrum
 from ldlm.lab.report import warnings
 
@@ -96,7 +98,7 @@ def draw(runs: dict[str, list[Scores]], result: Scores) -> dict[str, Figure]:
             if curve is not None:
                 several = len(measured) > 1
                 figure = loss_over_time(curve["u"], curve["adapted"], curve["loss"])
-                figure.suptitle(list(measured)[place] if several else "")
+                figure.suptitle(drawn(list(measured)[place]) if several else "")
                 found["loss_over_time" + (f"-{place + 1}" if several else "")] = figure
     return found
 
@@ -124,7 +126,7 @@ def table(runs: dict[str, list[Scores]]) -> Table:
     columns = [name for name in COLUMNS if name in first]
     texts = ", ".join(dict.fromkeys(str(run["texts"]) for run in everything))
     title = f"{first['protocol']['name']}, {Path(first['scorer']['name']).name}, {texts} texts a set"
-    shown = Table(title=title, box=SIMPLE)
+    shown = Table(title=Text(visible(title), "table.title"), box=SIMPLE)
     shown.add_column("source", overflow="fold")
     for heading in ("NFE", *columns, "s a text"):
         shown.add_column(heading, justify="right", overflow="fold")
@@ -132,10 +134,14 @@ def table(runs: dict[str, list[Scores]]) -> Table:
         for run in each:
             sampling = run["sampling"] or {"nfe": "", "seconds_per_text": ""}
             shown.add_row(
-                name, f"{sampling['nfe']}", *(cell(run[c]) for c in columns), f"{sampling['seconds_per_text']}"
+                Text(visible(name)),
+                f"{sampling['nfe']}",
+                *(cell(run[c]) for c in columns),
+                f"{sampling['seconds_per_text']}",
             )
     if first["reference"]:
         shown.add_row(REAL, "", *(cell(first["reference"].get(c)) for c in columns), "")
     counts = (f"{name} {sum(run[name] for run in everything)}" for name in ("skipped", "truncated", "empty"))
-    shown.caption = "; ".join(["± over sets; (95 % over texts)", ", ".join(counts), *warnings(everything)])
+    caption = "; ".join(["± over sets; (95 % over texts)", ", ".join(counts), *warnings(everything)])
+    shown.caption = Text(visible(caption), "table.caption")
     return shown

@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
-from ldlm.files import resolve
+from ldlm.files import resolve, visible
 from ldlm.hub import local_folder
 from ldlm.lab.cells import Slot, claim, finished, run_cell
 from ldlm.lab.plan import SCALES, Cell, find_study, plan
@@ -37,6 +38,10 @@ def run_study(options: argparse.Namespace) -> None:
         SystemExit: With status 1 if a cell failed, 130 if the study was interrupted.
     """
     console = Console(stderr=True, highlight=False)
+
+    def tell(line: str) -> None:
+        console.print(Text(visible(line)), soft_wrap=True)
+
     study = find_study(options.name)
     label = f"{Path(options.name).stem}-{options.scale}"
     output, work = Path(options.output) / label, Path(options.work) / label
@@ -57,12 +62,8 @@ def run_study(options: argparse.Namespace) -> None:
         check_instruments(SCALES[options.scale].scorer)
     output.mkdir(parents=True, exist_ok=True)
     locks = {cell.title: _claim(cell) for cell in pending}
-    slots = make_slots(options.jobs, options.threads, lambda line: console.print(line, markup=False, soft_wrap=True))
-    console.print(
-        f"{label}: {len(pending)} cells to run, {len(slots)} at a time; logs are in {work}",
-        markup=False,
-        soft_wrap=True,
-    )
+    slots = make_slots(options.jobs, options.threads, tell)
+    tell(f"{label}: {len(pending)} cells to run, {len(slots)} at a time; logs are in {work}")
     failed, interrupted = run_all(pending, slots, locks)
     for lock in locks.values():
         os.close(lock)
@@ -70,8 +71,8 @@ def run_study(options: argparse.Namespace) -> None:
     results = [result for cell in cells if (result := finished(cell)) is not None]
     write_summary(study, label, results, failed, output)
     for title, reason in failed.items():
-        console.print(f"{title} failed: {reason}", markup=False, soft_wrap=True)
-    console.print(f"{len(results)} finished cells are in {output}/table.md", markup=False, soft_wrap=True)
+        tell(f"{title} failed: {reason}")
+    tell(f"{len(results)} finished cells are in {output}/table.md")
     if failed or interrupted:
         raise SystemExit(130 if interrupted else 1)
 

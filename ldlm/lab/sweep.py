@@ -91,7 +91,8 @@ def write_scores(options: argparse.Namespace) -> None:
     }
     if options.output:
         with write_atomically(options.output) as file:
-            file.write((json.dumps(without_nan(result), indent=2, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(without_nan(result), indent=2, ensure_ascii=False) + "\n"
+            file.write(text.encode(errors="backslashreplace"))  # as JSON does; a file's name may be no UTF-8
     drawn = draw(runs, result) if options.figures or options.report else {}
     if options.figures:
         save(drawn, Path(options.figures))

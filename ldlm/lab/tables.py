@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from ldlm.figures import loss_curves, side_by_side
-from ldlm.files import write_atomically
+from ldlm.files import visible, write_atomically
 from ldlm.lab.figures import save
 
 # Column: heading, decimals, whether it is printed times 100 as in the paper, whether more is better.
@@ -178,7 +178,7 @@ def markdown(study: dict[str, Any], label: str, results: list[dict[str, Any]], f
         for row, about in rows.items():
             found = cells.get(about["cell"], [])
             lines.append(f"| {row} | {' | '.join([*ours(found), *theirs(about, names)])} |")
-    lines += ["", *(f"* {title} failed: {reason}" for title, reason in failed.items())]
+    lines += ["", *(f"* {title} failed: {visible(reason)}" for title, reason in failed.items())]
     judged = verdicts(study, results)
     if judged:
         (relative, over_seeds), (relative_mauve, _) = noise(cells, "perplexity"), noise(cells, "mauve")

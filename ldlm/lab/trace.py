@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.files import short
+from ldlm.files import short, visible
 from ldlm.grids import TimeGrid
 from ldlm.lab.pages import write_page
 from ldlm.module import LDLM
@@ -187,4 +187,4 @@ def write_traced_texts(options: argparse.Namespace) -> None:
 
     write_batches(model, noted(sample(model, options, options.seed, sampler, grid, recorder)), options)
     write_trace(options.trace, recorder.trace(firsts[0], grid, options.trace_steps), short(options.checkpoint))
-    print(f"text 0 takes shape in {options.trace}")
+    print(f"text 0 takes shape in {visible(options.trace)}")
