@@ -65,7 +65,7 @@ def describe(part: object, leave_out: tuple[str, ...] = (), kind: type | None = 
     >>> describe(TangentSchedule(d=3.0))
     {'class_path': 'ldlm.schedules.TangentSchedule', 'init_args': {'d': 3.0}}
     """
-    kind = kind or type(part)
+    kind = type(part) if kind is None else kind
     arguments = {}
     # A class without a constructor of its own has nn.Module's, which takes *args and **kwargs and uses neither.
     bare = isinstance(part, nn.Module) and inspect.getattr_static(kind, "__init__") is nn.Module.__init__

@@ -60,7 +60,7 @@ class TokenEncoder(nn.Module, abc.ABC):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [b n] -> normalised hidden states [b n h], float32."""
-        return ((self.stored or self.hidden_states)(tokens).float() - self.mean) / self.std
+        return (self._raw(tokens).float() - self.mean) / self.std
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[Tensor], rows: int) -> None:
@@ -71,12 +71,15 @@ class TokenEncoder(nn.Module, abc.ABC):
         Args:
             batches: Token ids [b n], as this rank's loader gives them.
             rows: Rows over all ranks.
+
+        Raises:
+            ValueError: If there are no batches, or none has a row; nothing is changed then.
         """
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         sums = torch.zeros(2, self.hidden_size, dtype=torch.float64, device=self.mean.device)
         count = seen = 0
         for tokens in batches:
-            hidden = (self.stored or self.hidden_states)(tokens.to(self.mean.device)).double().flatten(0, 1)
+            hidden = self._raw(tokens.to(self.mean.device)).double().flatten(0, 1)
             sums += torch.stack([hidden.sum(0), hidden.square().sum(0)])
             count, seen = count + len(hidden), seen + len(tokens)
             if seen * ranks >= rows:
@@ -84,10 +87,19 @@ class TokenEncoder(nn.Module, abc.ABC):
         totals = torch.cat([sums.flatten(), sums.new_tensor([count, seen])])
         if ranks > 1:
             dist.all_reduce(totals)
+        if not totals[-1]:
+            raise ValueError(
+                "the training loader gives no rows, so there is nothing to measure the hidden states' mean and "
+                "deviation on, and nothing to train on: look at its data set, drop_last and limit_train_batches"
+            )
         mean, square = totals[:-2].view(2, -1) / totals[-2]
         self.mean.copy_(mean)
         self.std.copy_((square - mean.square()).clamp(min=0).sqrt().clamp(min=MIN_STD))
         self.statistics_rows.copy_(totals[-1])
+
+    def _raw(self, tokens: Tensor) -> Tensor:
+        """Raw hidden states, stored or computed."""
+        return self.hidden_states(tokens) if self.stored is None else self.stored(tokens)
 
 
 class FrozenTokenEncoder(TokenEncoder):

@@ -103,7 +103,7 @@ class Generation(JointObjective):
             if count < 1:
                 raise ValueError(f"{name}={count} must be at least 1")
 
-        solver, times = sampler or self.sampler, grid or self.grid
+        solver, times = self.sampler if sampler is None else sampler, self.grid if grid is None else grid
         shape = (batch_size, self.latent_encoder.num_latents, self.latent_encoder.latent_size)
         training = self.training
         self.eval()

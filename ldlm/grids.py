@@ -42,7 +42,7 @@ class TimeGrid(abc.ABC):
         """
         if nfe < 1:
             raise ValueError(f"nfe is {nfe}, but it counts calls of the denoiser: give at least 1")
-        times = self.place(nfe, schedule, timesteps or UniformTimesteps()).cpu()
+        times = self.place(nfe, schedule, UniformTimesteps() if timesteps is None else timesteps).cpu()
         times[0], times[-1] = 1, self.t_min
         return times
 
@@ -100,7 +100,7 @@ class MixedGrid(TimeGrid):
     _DENSE = 4096  # steps in which the two grids are compared: four to a step of 1,024 calls
 
     def __init__(self, first: TimeGrid | None = None, second: TimeGrid | None = None, weight: float = 0.5) -> None:
-        first, second = first or UniformGrid(), second or LogSNRGrid()
+        first, second = UniformGrid() if first is None else first, LogSNRGrid() if second is None else second
         super().__init__(min(first.t_min, second.t_min))
         if not 0 <= weight <= 1:
             raise ValueError(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ldlm.data import PackedTextDataModule
 from ldlm.optimisation import Optimisation, expect
@@ -79,7 +80,7 @@ class BadSteps(L.Callback):
         """Begin to count, or go on."""
         self._told = float(self._counts[0])
         self._counts = torch.tensor([self._told, 0.0, 0.0, -1.0], device=pl_module.device)
-        self._times = torch.zeros(1, device=pl_module.device)
+        self._times = torch.zeros(0, device=pl_module.device)
         self._step, self._next, self._later = trainer.global_step, trainer.global_step + self.every_n_steps, Later()
 
     def on_train_batch_end(
@@ -96,7 +97,9 @@ class BadSteps(L.Callback):
         self._counts = torch.stack(
             [total + model.skipped, row, torch.maximum(most, row), torch.where(bad, float(step - 1), last)]
         )
-        self._times = torch.where(bad, model.times, self._times)
+        # The last batch of an epoch may be smaller: of times of two lengths the shorter ones end in NaN.
+        times, before = pad_sequence([model.times, self._times], batch_first=True, padding_value=math.nan)
+        self._times = torch.where(bad, times, before)
         model.log("train/skipped_steps", self._counts[0])
         if step >= self._next:
             self._look(trainer, model, self._later.read())
@@ -124,7 +127,7 @@ class BadSteps(L.Callback):
             raise ValueError(
                 f"{most:.0f} updates in a row were left out because loss or gradient was not finite, {total:.0f} in "
                 f"all. The parameters are as they were before. The last was step {last:.0f}, counted from 0, at the "
-                f"times u = {_first(round(u, 4) for u in self._times.tolist())} on "
+                f"times u = {_first(round(u, 4) for u in self._times.tolist() if not math.isnan(u))} on "
                 f"{_rows(trainer, int(last))}. Lower the learning rate, clip the gradient, or look at these rows"
             )
         if total > self._told:

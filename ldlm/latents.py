@@ -26,6 +26,9 @@ class LatentCoder(nn.Module, abc.ABC):
 
     def __init__(self, hidden_size: int, latent_size: int, num_latents: int) -> None:
         super().__init__()
+        for name, size in [("hidden_size", hidden_size), ("latent_size", latent_size), ("num_latents", num_latents)]:
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
         self.hidden_size = hidden_size
         self.latent_size = latent_size
         self.num_latents = num_latents
@@ -73,7 +76,7 @@ class PerceiverResamplerEncoder(LatentEncoder):
         heads: int = 12,
         unit_variance: bool = False,
     ) -> None:
-        super().__init__(hidden_size, latent_size, num_latents or sequence_length)
+        super().__init__(hidden_size, latent_size, sequence_length if num_latents is None else num_latents)
         self.sequence_length = sequence_length
         self.width = width
         self.layers = layers
@@ -100,7 +103,7 @@ class PerceiverResamplerDecoder(LatentDecoder):
         layers: int = 6,
         heads: int = 12,
     ) -> None:
-        super().__init__(hidden_size, latent_size, num_latents or sequence_length)
+        super().__init__(hidden_size, latent_size, sequence_length if num_latents is None else num_latents)
         self.sequence_length = sequence_length
         self.width = width
         self.layers = layers

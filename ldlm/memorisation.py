@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from ldlm.metrics import WORD
+from ldlm.metrics import WORD, keep_apart
 
 N = 4
 MULTIPLIER = 0x5851F42D4C957F2D  # Knuth's, of MMIX: odd, so that no word of an n-gram is multiplied away
@@ -81,6 +81,7 @@ class Memorisation(Metric):
 
     def __init__(self, known: Tensor) -> None:
         super().__init__()
+        keep_apart(self)
         self.known = known
         for name in ("found", "total"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")

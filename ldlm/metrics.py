@@ -23,6 +23,15 @@ FEW_TEXTS = 500  # for MAUVE
 WORD = re.compile(r"\w+|[^\w\s]")  # what n-grams are of
 
 
+def keep_apart(metric: Metric) -> None:
+    """Give a metric a state that equals no other metric's, nor itself: NaN, which stays NaN when ranks are summed.
+
+    torchmetrics 1.9 takes two metrics of a `MetricCollection` for one, for good, if their states are equal after the
+    first update: as those of two protocols are, of which the first texts tell nothing.
+    """
+    metric.add_state("equal_to_none", torch.tensor(torch.nan), dist_reduce_fx="sum")
+
+
 class _PerText(Metric):
     """Keeps something of every text, in lists that are gathered over ranks, and counts."""
 
@@ -31,6 +40,7 @@ class _PerText(Metric):
 
     def __init__(self) -> None:
         super().__init__()
+        keep_apart(self)
         self._nothing: dict[str, Tensor] = {}
 
     def _keep(self, name: str, nothing: Tensor) -> None:

@@ -8,16 +8,26 @@ What is minimised stands in `objective.py`, sampling in `generation.py`, files i
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.agreement import check_data, check_encoder, check_parts, check_strategy
+from ldlm.agreement import (
+    check_callbacks,
+    check_data,
+    check_encoder,
+    check_parts,
+    check_precision,
+    check_strategy,
+    check_uncompiled,
+    tokens_of,
+)
 from ldlm.checkpoints import check_description
 from ldlm.data import PackedTextDataModule
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
@@ -30,7 +40,6 @@ from ldlm.noise import RowNoise, generator
 from ldlm.objective import MISSING_WARMUP, normal_like
 from ldlm.optimisation import Optimisation, guarded
 from ldlm.packing import load_tokenizer
-from ldlm.restoring import is_tuners_file
 from ldlm.resuming import check_requeued, check_resumed, count_calls, read_run, reopen_epoch
 from ldlm.samplers import EulerMaruyama, Sampler
 from ldlm.schedules import NoiseSchedule, TangentSchedule
@@ -121,13 +130,17 @@ class LDLM(Optimisation):
         super().__init__()
         h, v, n = token_encoder.hidden_size, token_encoder.vocab_size, sequence_length
         self.token_encoder = token_encoder
-        self.latent_encoder = latent_encoder or PerceiverResamplerEncoder(h, h, n, width=h)
-        d, m = self.latent_encoder.latent_size, self.latent_encoder.num_latents
-        self.denoiser = denoiser or DiT(d, m, width=h)
-        self.latent_decoder = latent_decoder or PerceiverResamplerDecoder(h, d, n, m, width=h)
-        self.token_decoder = token_decoder or TransformerTokenDecoder(h, v)
-        self.schedule = schedule or TangentSchedule()
-        self.timesteps = timesteps or AdaptiveTimesteps()
+        if latent_encoder is None:
+            latent_encoder = PerceiverResamplerEncoder(h, h, n, width=h)
+        d, m = latent_encoder.latent_size, latent_encoder.num_latents
+        self.latent_encoder = latent_encoder
+        self.denoiser = DiT(d, m, width=h) if denoiser is None else denoiser
+        if latent_decoder is None:
+            latent_decoder = PerceiverResamplerDecoder(h, d, n, m, width=h)
+        self.latent_decoder = latent_decoder
+        self.token_decoder = TransformerTokenDecoder(h, v) if token_decoder is None else token_decoder
+        self.schedule = TangentSchedule() if schedule is None else schedule
+        self.timesteps = AdaptiveTimesteps() if timesteps is None else timesteps
         self.tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
         self.sequence_length = sequence_length
         self.sigma_dec = sigma_dec
@@ -139,8 +152,8 @@ class LDLM(Optimisation):
         self.self_conditioning = self_conditioning
         self.hidden_masking = hidden_masking
         self.statistics_rows = statistics_rows
-        self.sampler = sampler or EulerMaruyama()
-        self.grid = grid or UniformGrid()
+        self.sampler = EulerMaruyama() if sampler is None else sampler
+        self.grid = UniformGrid() if grid is None else grid
         self.learning_rate = learning_rate
         self.betas = betas
         self.eps = eps
@@ -198,12 +211,17 @@ class LDLM(Optimisation):
     def configure_callbacks(self) -> list[L.Callback]:
         """The guards of every run, but for those that the trainer's own callbacks bring already.
 
-        Nothing else of a module runs before its callbacks are set up, so an earlier fit's averages are forgotten here.
+        The first hook of all: what cannot work is refused here, before texts are packed and callbacks touch the model;
+        an earlier fit's averages are forgotten.
         """
         if self.trainer.state.fn == TrainerFn.FITTING and (self.trainer.global_step == 0 or not self.averages_stand()):
             self.averaged = self.raw = None
         guards: list[L.Callback] = [BadSteps(), LatentWatch(), StopOnSignal()]
         there: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_precision(str(self.trainer.precision))
+        if self.trainer.training:
+            check_callbacks(there)
+            check_uncompiled(self)
         return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in there)]
 
     def setup(self, stage: str) -> None:
@@ -211,10 +229,15 @@ class LDLM(Optimisation):
         check_strategy(self.trainer.strategy)
         if stage == "fit":
             self.gamma = self.skipped = self.refresh_every = self.counted = self.token_encoder.stored = None
+        elif self.token_encoder.statistics_rows == 0:
+            rank_zero_warn(
+                "the hidden states' mean and deviation were never measured, as this model was never fitted: the "
+                "numbers that follow say nothing of a trained one"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on as another run; else take the checkpoint's weights."""
-        if self.trainer.training and not is_tuners_file(self.trainer.ckpt_path):
+        if self.trainer.training:
             about = check_description(checkpoint.get("ldlm"), "the checkpoint")
             check_requeued(self.trainer.ckpt_path, read_run(about), self.trainer)
             data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -227,11 +250,6 @@ class LDLM(Optimisation):
         """Refuse what would fail or mislead later; measure the hidden states' statistics, once."""
         if self.gamma is None and self.diffusion_weight > 0:
             raise ValueError(MISSING_WARMUP)
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"precision={self.trainer.precision!r} would keep weights and bin statistics in 16 bits: "
-                "use 'bf16-mixed', which computes in 16 bits and keeps 32"
-            )
         self.about_run()  # a part that no checkpoint could describe is found now, not at the first checkpoint
         if self.trainer.ckpt_path is not None:
             # Whoever asked for the loader until now (for the length of the run) got one that begins at step 0.
@@ -249,12 +267,26 @@ class LDLM(Optimisation):
             )
         if self.token_encoder.statistics_rows == 0:
             self.trainer.fit_loop.setup_data()
-            loader: Iterable[Tensor] = self.trainer.train_dataloader or []
+            loader = self.trainer.train_dataloader
+            loaders = [] if loader is None else CombinedLoader(loader).flattened
+            if len(loaders) > 1:
+                raise ValueError(f"the trainer was given {len(loaders)} training loaders together: give one")
+            batches = (self._on_before_batch_transfer(batch) for loader in loaders for batch in loader)
             rows = self.statistics_rows
             if isinstance(data, PackedTextDataModule):  # whole optimizer steps, however they are divided into calls
                 rows = -(-rows // data.batch_size) * data.batch_size
-            self.token_encoder.fit_statistics(loader, rows)
+            self.token_encoder.fit_statistics(batches, rows)
             self.token_decoder.start(self.token_encoder)
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Tensor:
+        """A loader's batch -> its token ids, int64 [b n], which all steps and callbacks are given; see `tokens_of`.
+
+        ``on_before_batch_transfer`` of a subclass or of a data module comes first, and gives a batch of a known kind.
+        Lightning's own method (2.6.6) calls one of these two hooks. To override the public one here would be warned of
+        in each run with a data module, and skipped where that has one.
+        """
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        return tokens_of(batch, self.sequence_length, self.token_encoder.vocab_size)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One micro-step. All randomness is a function of (seed, step, row of the global batch)."""
@@ -281,7 +313,7 @@ class LDLM(Optimisation):
         self.log_dict(self.logged)
         return guarded(losses.total)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor] | None:
         """Losses at evenly spread times, and the accuracy of clean and noised reconstruction."""
         # The last batch may leave a rank nothing; it still takes part in the sums over ranks, with no weight.
         rows, batch = len(batch), batch if len(batch) else batch.new_zeros(1, self.sequence_length)
@@ -301,10 +333,10 @@ class LDLM(Optimisation):
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=rows, sync_dist=True)
         return {"u": u, "loss": losses.rows} if rows and self.diffusion_weight > 0 else None
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor] | None:
+    def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor] | None:
         """The same on the test rows."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Token ids [b n] -> their clean reconstruction [b n]."""
         return self.decode(self.encode(batch))

@@ -76,6 +76,7 @@ class Optimisation(Storage):
         written between two accumulated batches (by ``train_time_interval``, or in the first step after resuming), whose
         gradient is in no checkpoint, so that their step is begun anew.
         """
+        super().on_train_start()
         steps: Tensor = self.all_gather(torch.tensor([self.trainer.global_step], device=self.device))  # type: ignore[assignment]
         if (steps != self.trainer.global_step).any():
             raise ValueError(

@@ -8,7 +8,6 @@ of this run's own state, so that a malformed file ends before the first step and
 """
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,9 +77,6 @@ class CheckedStates(_CheckpointConnector):
     def restore_training_state(self) -> None:
         """Counts of the loops, the loss scaler, optimizers and their schedulers."""
         checkpoint, trainer = self._loaded_checkpoint, self.trainer
-        if is_tuners_file(trainer.ckpt_path):  # after a failure the tuner's own schedule is in place of ours
-            super().restore_training_state()
-            return
         checkpoint.pop("native_amp_scaling_state", None)  # another place of the loss scaler's, of old versions
         with one_sentence("its state of the training"):
             if "loops" in checkpoint:
@@ -102,11 +98,6 @@ class CheckedStates(_CheckpointConnector):
 
 
 COUNTS = {"epoch": 0, "global_step": 0}
-
-
-def is_tuners_file(path: str | os.PathLike[str] | None) -> bool:
-    """Say whether Lightning's (2.6.6) tuner puts a run back to where it stood, which has other settings meanwhile."""
-    return path is not None and os.path.basename(path).startswith((".lr_find_", ".scale_batch_size_"))
 
 
 @contextmanager

@@ -5,12 +5,16 @@ No section of the paper. Why Lightning's own way (2.6.6) is replaced: it stages 
 wait for the disk, reads altered bytes without noticing, and unpickles whatever a URL gives.
 """
 
+import io
 import math
 import os
+import pickle
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import lightning as L
@@ -20,6 +24,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from ldlm.files import sha256, sweep, visible, write_atomically
 from ldlm.sizes import check_storages
@@ -28,8 +33,9 @@ from ldlm.sizes import check_storages
 class CheckpointFiles(TorchCheckpointIO):
     """Reads and writes a Trainer's checkpoints; every `LDLM` puts it in the place of Lightning's own.
 
-    A save that fails, be it that the disk is full or that a weight is not finite, is warned of and leaves the older
-    file in place. Files that were to make room for it stay until a later save succeeds.
+    A save that fails is warned of and leaves the older file in place: if the disk is full, a weight is not finite, or
+    somebody's callback keeps what reading would refuse. Files that were to make room for it stay until a later save
+    succeeds.
 
     Args:
         tries: Saves that may fail in a row; the last of them ends the run.
@@ -53,11 +59,12 @@ class CheckpointFiles(TorchCheckpointIO):
             for weights in ("state_dict", "raw_parameters"):  # neither is in what a spawned process hands back
                 if names := not_finite(checkpoint.get(weights, {})):
                     raise FloatingPointError(f"{names[0]} is not finite")
+            check_readable(checkpoint)
             if is_remote(path):
                 super().save_checkpoint(checkpoint, path, storage_options)
             else:
                 write(checkpoint, Path(path))
-        except (OSError, FloatingPointError) as error:
+        except (OSError, FloatingPointError, pickle.PicklingError) as error:
             self.failures += 1
             told = f"{path} of step {checkpoint.get('global_step')} was not written ({error}), and what was there stays"
             if not self.training:
@@ -102,6 +109,52 @@ def not_finite(state: dict[str, Any]) -> list[str]:
     """The names of floating-point tensors that hold an infinity, or no number at all."""
     floats = {name: value for name, value in state.items() if torch.is_tensor(value) and value.is_floating_point()}
     return [name for name, value in floats.items() if not bool(value.isfinite().all())]
+
+
+def check_readable(checkpoint: dict[str, Any]) -> None:
+    """Refuse what `read` would refuse, while there is an older file and somebody to tell.
+
+    Raises:
+        pickle.PicklingError: Naming the key of what is not plain data, and what it is.
+    """
+    for name, value in checkpoint.items():
+        if found := unreadable(value, name):
+            raise pickle.PicklingError(
+                f"{found}, and a checkpoint with that could never be read: keep numbers, strings, lists, dictionaries "
+                "and tensors in the states of callbacks and data modules and in hyper-parameters, such as value.item() "
+                "or str(path), and leave parts out of save_hyperparameters, which LDLM does without"
+            )
+
+
+def unreadable(value: Any, name: str) -> str | None:
+    """Which part of a value torch would not read with ``weights_only=True``, as "NAME is a TYPE"; None if all is well.
+
+    Plain data are told by their exact types, as numpy.float64 is a float, but not to a reader; torch itself is asked
+    about everything else.
+    """
+    if type(value) in (NoneType, bool, int, float, str):
+        return None
+    if type(value) is Tensor and not vars(value):
+        try:
+            check_storages(value)
+        except ValueError as error:
+            return f"{name} {error} (tensor.expand makes such; clone it)"
+        return None
+    if type(value) in (dict, OrderedDict):
+        inner = [
+            *((key, f"the key {key!r} of {name}") for key in value),
+            *((v, f"{name}[{k!r}]") for k, v in value.items()),
+        ]
+    elif type(value) in (list, tuple):
+        inner = [(item, f"{name}[{place}]") for place, item in enumerate(value)]
+    else:
+        try:
+            torch.save(value, buffer := io.BytesIO())
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        except Exception:  # anybody's classes can make it raise anything
+            return f"{name} is a {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
+        return None
+    return next(filter(None, (unreadable(*item) for item in inner)), None)
 
 
 def prepare(folder: Path) -> None:

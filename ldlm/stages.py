@@ -149,7 +149,7 @@ class TokenDecoderStage(LDLM):
                 f"{checkpoint} has {m} latents for {n} tokens, and a token decoder straight from latents needs one a "
                 "token: give latent_decoder=PerceiverResamplerDecoder(...)"
             )
-        latent_decoder = latent_decoder or IdentityDecoder(d, n)
+        latent_decoder = IdentityDecoder(d, n) if latent_decoder is None else latent_decoder
         h, v = latent_decoder.hidden_size, old.token_decoder.vocab_size
         if token_decoder is None:
             before = old.token_decoder

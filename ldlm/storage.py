@@ -6,9 +6,11 @@ some, and the raw ones stand beside it.
 """
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Self
 
+import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -35,7 +37,7 @@ from ldlm.generation import Generation
 from ldlm.hub import local_folder, only_the_file
 from ldlm.restoring import CheckedStates
 from ldlm.resuming import record_run
-from ldlm.saving import CheckpointFiles, is_remote, last_checkpoint, not_finite, prepare
+from ldlm.saving import CheckpointFiles, check_readable, is_remote, last_checkpoint, not_finite, prepare
 from ldlm.sizes import building_at_most, storage_numbers
 
 __all__ = ["Storage", "last_checkpoint"]
@@ -105,6 +107,26 @@ class Storage(Generation):
             if folder and trainer.is_global_zero and not is_remote(folder):
                 prepare(Path(folder))
 
+    def on_train_start(self) -> None:
+        """Refuse now what no checkpoint could be read with, be it a callback's state: there is nothing to lose yet."""
+        trainer = self.trainer
+        data: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.checkpoint_callbacks or not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        kept = {
+            "callbacks": {callback.state_key: callback.state_dict() for callback in callbacks},
+            "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "hyper_parameters": dict(self.hparams),
+            "state_dict": self.state_dict(),
+        }
+        if data is not None:
+            kept |= {type(data).__qualname__: data.state_dict(), "datamodule_hyper_parameters": dict(data.hparams)}
+        try:
+            check_readable(kept)
+        except pickle.PicklingError as error:
+            raise ValueError(str(error)) from error
+
     def on_fit_end(self) -> None:
         """Raise OSError if the last save failed: the run is not to end as if all were well."""
         files = self.trainer.strategy.checkpoint_io
@@ -120,8 +142,8 @@ class Storage(Generation):
         if self.tokenizer is not None:
             checkpoint["tokenizer"] = pack_tokenizer(self.tokenizer)
         if self.averaged is not None and self.averages_stand():
-            raw = self.raw or {name: checkpoint["state_dict"][name] for name in self.averaged}
-            checkpoint["raw_parameters"] = raw
+            live = {name: checkpoint["state_dict"][name] for name in self.averaged} if self.raw is None else self.raw
+            checkpoint["raw_parameters"] = live
             checkpoint["state_dict"] = checkpoint["state_dict"] | self.averaged
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

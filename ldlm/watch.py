@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -166,8 +166,12 @@ class ShowSamples(L.Callback):
             console.print(Text(f"Look at it:     tensorboard --logdir {where}"), soft_wrap=True)
 
     def _real(self, trainer: L.Trainer, model: LDLM) -> list[str]:
-        loader: Iterable[Tensor] = trainer.val_dataloaders or trainer.train_dataloader or []
-        return model.to_text(next(iter(loader))[: self.num_samples])
+        """Texts of the first batch of the first loader that has one, held-out rows before those trained on."""
+        given = [loaders for loaders in (trainer.val_dataloaders, trainer.train_dataloader) if loaders is not None]
+        for loader in CombinedLoader(given, mode="sequential").flattened:
+            for batch in loader:
+                return model.to_text(model._on_before_batch_transfer(batch)[: self.num_samples])
+        return []
 
 
 class ReconstructionWriter(L.Callback):

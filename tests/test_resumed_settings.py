@@ -8,7 +8,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.tuner import Tuner
 from tiny import FixedTokenEncoder, TimeOnlyDenoiser, make_data, make_model, make_pretrained, make_trainer, rows
 from torch.utils.data import DataLoader
 
@@ -181,17 +180,6 @@ def test_another_part_frozen_than_in_the_checkpoints_run_is_said_in_one_sentence
     model.latent_encoder.requires_grad_(False)
     with pytest.raises(ValueError, match=r"optimizer has \d+ parameters and this model trains \d+: freeze the same"):
         resume(folder, model, callbacks(None), "bare.ckpt")
-
-
-def test_what_goes_wrong_while_a_tuner_tries_is_said_and_not_that_its_settings_are_others(folder, monkeypatch):
-    trainer, model = make_trainer(folder, callbacks()), make_model(diffusion_weight=0.0)
-
-    def fails(*_: object) -> None:
-        raise KeyError("somebody's own step")
-
-    monkeypatch.setattr(model, "training_step", fails)
-    with pytest.raises(KeyError, match="somebody's own step"):
-        Tuner(trainer).lr_find(model, datamodule=make_data(folder), num_training=5)
 
 
 # --- frozen weights, wherever they are kept

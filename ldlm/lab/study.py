@@ -112,9 +112,9 @@ def make_slots(jobs: int | None, threads: int | None, tell: Any) -> list[Slot]:
     devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     if torch.cuda.is_available():
         return [Slot(os.environ | {"CUDA_VISIBLE_DEVICES": device}, tell, failed) for device in devices[:jobs]]
-    per_cell = threads or 1
+    per_cell = 1 if threads is None else threads
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    count = jobs or max(1, cores // per_cell)
+    count = max(1, cores // per_cell) if jobs is None else jobs
     return [Slot(os.environ | {"OMP_NUM_THREADS": str(per_cell)}, tell, failed) for _ in range(count)]
 
 

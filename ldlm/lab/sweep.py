@@ -63,7 +63,7 @@ def write_scores(options: argparse.Namespace) -> None:
     find_protocol(options.protocol)
     sampler, grid = named(options.sampler, SAMPLERS), named(options.grid, GRIDS)
     samples = read_sources(options)
-    counts = [len(found.documents) if found else options.num_samples for found in samples.values()]
+    counts = [len(found.documents) if found is not None else options.num_samples for found in samples.values()]
     real = read_references(options, max(counts)) if options.reference else None
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     theirs = published(options.published)
@@ -151,7 +151,7 @@ class Sweep:
         if max_length is None:
             max_length = protocol.limit(model.sequence_length, self.scorer)
         measure = Measure(self.scorer, options.protocol, max_length, model.tokenizer, "of the model", self.known)
-        if options.measure and self.real:
+        if options.measure and self.real is not None:
             documents = measure.split(self.real).whole
             with torch.no_grad():  # that there is no token encoder, or too little text, is better told before sampling
                 model.encode(pack(model, documents, options.num_samples, True)[:1].to(self.device))
@@ -164,7 +164,10 @@ class Sweep:
                 seconds += time.perf_counter() - before
                 sets.append(Texts(model.to_documents(tokens), tokens.tolist()))
             sampling = {name: vars(one)[name] for name in ("nfe", "seeds", "batch_size", "temperature", "precision")}
-            sampling |= {"sampler": describe(sampler or model.sampler), "grid": describe(grid or model.grid)}
+            sampling |= {
+                "sampler": describe(model.sampler if sampler is None else sampler),
+                "grid": describe(model.grid if grid is None else grid),
+            }
             per_text = seconds / (len(options.seeds) * options.num_samples)
             sampling |= {"seconds": round(seconds, 3), "seconds_per_text": float(f"{per_text:.4g}")}
             runs.append(self._run(about, measure, sets, sampling, start))
@@ -197,7 +200,10 @@ class Sweep:
             "reference": reference,
             "protocol": {"name": measure.protocol, "definition": protocol.definition},
             "scorer": {"name": short(scorer.name), "sha256": scorer.sha256, "dtype": scorer.dtype}
-            | {"context": scorer.context, "max_length": measure.max_length or scorer.context},
+            | {
+                "context": scorer.context,
+                "max_length": scorer.context if measure.max_length is None else measure.max_length,
+            },
             "sampling": sampling,
             "versions": versions(),
             "device": device_name(self.device),
@@ -225,7 +231,7 @@ class Sweep:
 
         options, first = self.options, tokens[:, 0]
         framed = model.tokenizer is not None and bool((first == bos_id(model.tokenizer)).float().mean() > 0.5)
-        rows = pack(model, scores.split(self.real).whole if self.real else [], options.num_samples, framed)
+        rows = pack(model, scores.split(self.real).whole if self.real is not None else [], options.num_samples, framed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
             found = measure_latents(model, rows, perplexity, options.seeds[0], options.batch_size)
         return {"texts": identity(options.reference), "framed": framed, **found}

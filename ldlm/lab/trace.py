@@ -143,7 +143,8 @@ class Recorder:
         if self.model.tokenizer is None:
             raise ValueError("this model has no tokenizer to make text with: give LDLM(tokenizer=...)")
         ids = torch.stack([*self.ids[:-1], answer])
-        times = (grid or self.model.grid).times(len(ids), self.model.schedule, self.model.timesteps)
+        grid = self.model.grid if grid is None else grid
+        times = grid.times(len(ids), self.model.schedule, self.model.timesteps)
         return make_trace(ids, times[:-1], self.model.tokenizer, steps)
 
 
