@@ -132,6 +132,10 @@ def find_study(name: str) -> dict[str, Any]:
     for cell in [*rows, *study.get("curves", {}).values()]:
         if cell not in study["cells"]:
             raise ValueError(f"{path.name} names a cell it lacks, {cell!r}{nearest(str(cell), [*study['cells']])}")
+    if long := [
+        name for name in study["cells"] if len(name.encode()) > 200
+    ]:  # a file system takes 255, with -seed10.json
+        raise ValueError(f"{path.name}: the cell {long[0][:40]}… is to name files, and its name has over 200 bytes")
     folded = [cell.casefold() for cell in study["cells"]]
     if len(set(folded)) < len(folded):
         raise ValueError(f"{path.name} has two cells whose files would have one name: {', '.join(study['cells'])}")
