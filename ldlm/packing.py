@@ -32,6 +32,7 @@ PARTS = ("train", "validation")
 # Shares of unknown tokens. In its own language a subword vocabulary stays under .01; one of 10,000 whole words reaches
 # .05 to .15; text in another script gives .4 and more, since a run of unknown characters can be a single token.
 MUCH_UNKNOWN, MOST_UNKNOWN = 0.01, 0.25
+LOST = -1  # in the place of text that a tokenizer drops
 ODD = "\ufdd0"  # a noncharacter: Unicode promises that no text holds it
 SAMPLE = "The naïve  Cafe, 1,234 東京\n\tDON'T"  # tells tokenizers apart that are written in Python
 VERIFICATIONS = ("once", "full")
@@ -249,9 +250,10 @@ def pack(
         for number, (text, ids) in enumerate(_tokenise(corpus, tokenizer, detokenize)):
             part = PARTS[holds_out(number)] if len(parts) > 1 else parts[0]
             if part in written:
-                written[part].append([*ids, end])
-                written[part].unknown += 0 if unknown is None else ids.count(unknown)
-                written[part].lost += not ids and bool(text.strip())
+                kept = [number for number in ids if number != LOST] if LOST in ids else ids
+                written[part].append([*kept, end])
+                written[part].unknown += 0 if unknown is None else kept.count(unknown)
+                written[part].lost += len(ids) - len(kept) if ids else bool(text.strip())
         for stream in written.values():
             stream.flush(last=True)
             _refuse_unknown(stream.counts(), tokenizer)
@@ -268,9 +270,9 @@ def pack(
 
 
 def unknown_share(counts: dict[str, Any]) -> float:
-    """Return the share of a text's tokens that are unknown, by a header's counts; a lost document counts as one."""
-    texts = counts["tokens"] - counts["documents"] + counts["lost_documents"]  # each document has a token that ends it
-    return float((counts["unknown"] + counts["lost_documents"]) / max(1, texts))
+    """Return the share of a text's tokens that are unknown, by a header's counts; what was lost counts as unknown."""
+    texts = counts["tokens"] - counts["documents"] + counts["lost"]  # each document has one token that ends it
+    return float((counts["unknown"] + counts["lost"]) / max(1, texts))
 
 
 def _warn_of_unknown(header: dict[str, Any], path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -283,12 +285,12 @@ def _warn_of_unknown(header: dict[str, Any], path: Path, tokenizer: PreTrainedTo
 
 
 def _refuse_unknown(counts: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    name, lost = name_tokenizer(tokenizer), counts["lost_documents"]
-    if lost and counts["tokens"] == counts["documents"]:
+    name = name_tokenizer(tokenizer)
+    if counts["lost"] and counts["tokens"] == counts["documents"]:
         raise ValueError(
-            f"tokenizer={name!r} made no token of {lost:,} documents with text in them: its vocabulary is empty, or "
-            "has none of their characters; load it by from_pretrained (transformers 5 ignores vocab_file= and "
-            "merges_file=, its arguments are vocab= and merges=), or give another"
+            f"tokenizer={name!r} made no token of the text of {counts['documents']:,} documents: its vocabulary is "
+            "empty, or has none of their characters; load it by from_pretrained (transformers 5 ignores vocab_file= "
+            "and merges_file=, its arguments are vocab= and merges=), or give another"
         )
     if (share := unknown_share(counts)) > MOST_UNKNOWN:
         raise ValueError(
@@ -314,9 +316,9 @@ class _Stream:
             self.flush()
 
     def counts(self) -> dict[str, int]:
-        """Say how many tokens and documents there are, ends included, and how much of the text they do not hold."""
-        lost = {"unknown": self.unknown, "lost_documents": self.lost}
-        return {"tokens": self.tokens, "documents": self.documents, **lost}
+        """Say how many tokens there are, of them unknown ones, and how much text, or whole documents, gave none."""
+        counts = {"tokens": self.tokens, "documents": self.documents}
+        return counts | {"unknown": self.unknown, "lost": self.lost}
 
     def flush(self, last: bool = False) -> None:
         while len(self._waiting) >= BLOCK_BYTES or (last and self._waiting):
@@ -330,7 +332,7 @@ def _tokenise(
     corpus: Iterable[str], tokenizer: PreTrainedTokenizerBase, detokenize: Callable[[str], str] | None
 ) -> Iterator[tuple[str, list[int]]]:
     """Give each document and its ids; documents go to the tokenizer in batches, whose edges change nothing."""
-    encode, waiting = encoder(tokenizer), deque[tuple[list[str], Future[list[list[int]]]]]()
+    encode, waiting = encoder(tokenizer, mark_lost=True), deque[tuple[list[str], Future[list[list[int]]]]]()
     with ThreadPoolExecutor(1) as ahead:  # a fast tokenizer needs no Python: files are read and written meanwhile
         for texts in batches(corpus if detokenize is None else map(detokenize, corpus)):
             waiting.append((texts, ahead.submit(encode, texts)))
@@ -341,16 +343,20 @@ def _tokenise(
             yield from zip(texts, rest.result(), strict=True)
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+def encoder(tokenizer: PreTrainedTokenizerBase, mark_lost: bool = False) -> Callable[[list[str]], list[list[int]]]:
     """Give the fastest way from texts to ids, nothing added; a literal <|endoftext|> is text, not the end of one.
 
     No id of a special token comes out of it, except that of unknown text. Where a vocabulary cannot spell a special
     token in other pieces, as one of whole words cannot, it is unknown.
 
+    Args:
+        tokenizer: whose ids; it stays as it is.
+        mark_lost: whether `LOST` stands where a tokenizer without an id for unknown text drops some.
+
     Raises:
         ValueError: from the call, if a text has what the tokenizer has no id for.
     """
-    call, unknown, name = _plain_call(tokenizer), unknown_id(tokenizer), name_tokenizer(tokenizer)
+    (call, dropped), unknown, name = _plain_call(tokenizer), unknown_id(tokenizer), name_tokenizer(tokenizer)
     special = special_ids(tokenizer) - {unknown}
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -361,23 +367,30 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[li
         for row, text in enumerate(texts):
             if special.isdisjoint(found[row]):
                 continue
-            if unknown is None:
+            if dropped in found[row]:
+                marked = (LOST if number == dropped else number for number in found[row])
+                found[row] = [number for number in marked if mark_lost or number != LOST]
+            elif unknown is None:
                 token = tokenizer.convert_ids_to_tokens(next(number for number in found[row] if number in special))
                 raise ValueError(
                     f"tokenizer={name!r} makes its special token {token!r} of the text {text[:80]!r}, and has no token "
                     "for unknown text to put there: remove what it stands for by detokenize, or give another tokenizer"
                 )
-            found[row] = [unknown if number in special else number for number in found[row]]
+            else:
+                found[row] = [unknown if number in special else number for number in found[row]]
         return found
 
     return encode
 
 
-def _plain_call(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
-    """Give a way from texts to ids in which special tokens that a text spells out are not recognised."""
+def _plain_call(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], list[list[int]]], int | None]:
+    """Give a way from texts to ids in which special tokens that a text spells out are not recognised.
+
+    And the id that stands in it for characters that are dropped otherwise, if there is one.
+    """
     if not tokenizer.is_fast:
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return lambda texts: tokenizer(texts, padding=False, truncation=False, **plain)["input_ids"]
+        return lambda texts: tokenizer(texts, padding=False, truncation=False, **plain)["input_ids"], None
     # Transformers' own call also wants to know where each token stood. A copy: the tokenizer stays as it was given.
     # `encode_special_tokens` alone leaves a special token to the model, and a vocabulary that has it as a piece, as
     # Unigram and whole words do, makes it whole again. So in the copy no special token has a name that text can have.
@@ -395,14 +408,18 @@ def _plain_call(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], lis
     else:
         model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    if "merges" in model:
+    dropped = None
+    if model["type"] == "BPE":
+        if not model["unk_token"]:  # it would drop what it lacks, and says so by a special token that text cannot have
+            piece, dropped = next(((piece, pieces[piece]) for piece in names if piece in pieces), ("", None))
+            model["unk_token"] = names.get(piece)
         prefix = model["continuing_subword_prefix"] or ""
         pairs = (((one, two), one + two.removeprefix(prefix)) for one, two in model["merges"])
         model["merges"] = [pair for pair, whole in pairs if names.keys().isdisjoint([*pair, whole])]
     state.update(truncation=None, padding=None, post_processor=None, decoder=None)
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     backend.encode_special_tokens = True
-    return lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)], dropped
 
 
 def batches(corpus: Iterable[str]) -> Iterator[list[str]]:

@@ -384,7 +384,7 @@ def test_the_share_of_unknown_tokens_is_in_the_header_and_is_warned_of_from_one_
     header = json.loads(path.with_suffix(".json").read_text())
     stream = np.fromfile(path, "<u2").tolist()
     assert header["unknown"] == stream.count(0) == round(1000 * share)
-    assert (header["tokens"], header["documents"], header["lost_documents"]) == (1100, 100, 0)
+    assert (header["tokens"], header["documents"], header["lost"]) == (1100, 100, 0)
 
 
 def test_text_of_which_more_than_a_quarter_is_unknown_is_refused_and_leaves_nothing(tmp_path):
@@ -394,23 +394,48 @@ def test_text_of_which_more_than_a_quarter_is_unknown_is_refused_and_leaves_noth
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_document_that_gives_no_token_counts_as_unknown_and_a_blank_one_does_not(tmp_path):
-    silent = wrapped(models.BPE({"a": 0, "<s>": 1, "</s>": 2, "<pad>": 3}, []), unk_token=None)  # drops what it lacks
-    lines = [json.dumps({"text": text}) + "\n" for text in ["a" * 30, "", " \n", "b", "é"]]
-    (tmp_path / "a.jsonl").write_text("".join(lines))
-    with pytest.warns(UserWarning, match=r"^6\.2% of the tokens"):  # 2 of 32
-        path = pack(FileCorpus(tmp_path / "a.jsonl"), silent, tmp_path)["train"]
-    assert json.loads(path.with_suffix(".json").read_text())["lost_documents"] == 2
+def dropping(special: bool) -> PreTrainedTokenizerFast:
+    """A BPE vocabulary without a token for unknown text drops it; its special tokens are pieces of it, or are not."""
+    names = ["<s>", "</s>", "<pad>"] if special else []
+    vocabulary = {piece: number for number, piece in enumerate(["a", "b", *names])}
+    return wrapped(models.BPE(vocabulary, []), unk_token=None)
 
 
-@pytest.mark.parametrize("kind", ["empty GPT-2", "other characters"])
+@pytest.mark.parametrize(("special", "lost"), [(True, 7), (False, 2)])
+def test_text_that_gives_no_token_counts_as_unknown_and_blank_text_does_not(tmp_path, special, lost):
+    texts = [
+        "ab" * 45,
+        "aéééeeb",
+        "",
+        " \n",
+        "x",
+        "é",
+    ]  # 5 dropped among others; two documents of which nothing is left
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    blank = 2 if special else 0  # a space and a line feed are characters too, which it drops
+    with pytest.warns(UserWarning, match=rf"^{(lost + blank) / (92 + lost + blank):.1%} of the tokens"):
+        path = pack(FileCorpus(tmp_path / "a.jsonl"), dropping(special), tmp_path)["train"]
+    header = json.loads(path.with_suffix(".json").read_text())
+    assert (header["lost"], header["unknown"], header["tokens"]) == (lost + blank, 0, 92 + 6)
+    end = eos_id(dropping(special))
+    assert np.fromfile(path, "<u2").tolist() == [0, 1] * 45 + [end, 0, 1] + [end] * 5
+    assert encoder(dropping(special))(texts) == [[0, 1] * 45, [0, 1], [], [], [], []]
+
+
+def test_a_tokenizer_that_drops_most_of_a_text_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("abé" * 40)
+    with pytest.raises(ValueError, match="33% of the text's tokens are unknown"):
+        pack(FileCorpus(tmp_path / "a.txt"), dropping(True), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["empty GPT-2", "other characters", "special ones outside"])
 def test_a_tokenizer_that_makes_no_token_of_any_text_is_refused(tmp_path, kind):
     if kind == "empty GPT-2":  # the arguments of transformers 4, which transformers 5 ignores
         tokenizer = GPT2Tokenizer(vocab_file="encoder.json", merges_file="vocab.bpe")
     else:
-        tokenizer = wrapped(models.BPE({"é": 0, "<s>": 1, "</s>": 2, "<pad>": 3}, []), unk_token=None)
-    (tmp_path / "a.txt").write_text("\n\n".join(["some text"] * 150))
-    with pytest.raises(ValueError, match="made no token of 150 documents with text in them: its vocabulary is empty"):
+        tokenizer = dropping(kind == "other characters")
+    (tmp_path / "a.txt").write_text("\n\n".join(["other text"] * 150))
+    with pytest.raises(ValueError, match="made no token of the text of 150 documents: its vocabulary is empty"):
         pack(FileCorpus(tmp_path / "a.txt"), tokenizer, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
