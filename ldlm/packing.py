@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,21 +105,26 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
     What stands between the parts of a model's input, such as a template with [CLS], plays no part in packed text.
     """
-    about: dict[str, Any] = {"frame": frame_ids(tokenizer)}
-    if not tokenizer.is_fast:
-        about |= {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-        with suppress(ValueError):  # it has no id for some of the sample
-            about["sample"] = encoder(tokenizer)([SAMPLE])
-        return _fingerprint(about)
-    state, special = json.loads(tokenizer.backend_tokenizer.to_str()), special_ids(tokenizer)
-    pieces, added = dict(state["model"]["vocab"]), sorted(state["added_tokens"], key=lambda token: token["id"])
-    others = [token for token in added if token["id"] not in special]
-    about |= {name: state[name] for name in ("model", "normalizer", "pre_tokenizer")}
+    frame = frame_ids(tokenizer)
+    if tokenizer.is_fast:
+        return _backend_digest(tokenizer.backend_tokenizer.to_str(), frozenset(special_ids(tokenizer)), frame)
+    about = {"frame": frame, "class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    with suppress(ValueError):  # it has no id for some of the sample
+        about["sample"] = encoder(tokenizer)([SAMPLE])
+    return _fingerprint(about)
+
+
+@lru_cache(maxsize=2)  # a run asks for it again and again, and a vocabulary of 128,000 takes a second
+def _backend_digest(state: str, special: frozenset[int], frame: tuple[int | None, int | None]) -> str:
+    """The digest of what the tokenizers library writes down, which is JSON."""
+    parts = json.loads(state)
+    pieces, added = dict(parts["model"]["vocab"]), sorted(parts["added_tokens"], key=lambda token: token["id"])
+    about = {"frame": frame} | {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
     # A special token that is no piece of the vocabulary cannot be made of text.
     about["special"] = [token["id"] for token in added if token["id"] in special and token["content"] in pieces]
-    about["added"] = others
+    about["added"] = [token for token in added if token["id"] not in special]
     before = about["pre_tokenizer"] or {}
-    if before.get("type") == "Metaspace" and before["prepend_scheme"] == "always" and not others:
+    if before.get("type") == "Metaspace" and before["prepend_scheme"] == "always" and not about["added"]:
         # Nothing divides a text before this, so its beginning is the only one; transformers saves Llama's so (5.23).
         before["prepend_scheme"] = "first"
     return _fingerprint(about)
