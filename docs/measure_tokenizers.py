@@ -18,14 +18,23 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ldlm.callbacks import AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
-from ldlm.corpus import open_corpus
+from ldlm.corpus import FileCorpus, open_corpus
 from ldlm.data import PackedTextDataModule
 from ldlm.decoders import LinearTokenDecoder
 from ldlm.denoiser import DiT
 from ldlm.encoders import TokenEncoder
 from ldlm.latents import PerceiverResamplerDecoder, PerceiverResamplerEncoder
 from ldlm.module import LDLM
-from ldlm.packing import encoder, frame_ids, load_tokenizer, special_ids, tokenizer_digest, unknown_id, unknown_share
+from ldlm.packing import (
+    encoder,
+    frame_ids,
+    load_tokenizer,
+    pack,
+    special_ids,
+    tokenizer_digest,
+    unknown_id,
+    unknown_share,
+)
 from ldlm.packing import packed_vocabulary_size as size
 
 parser = argparse.ArgumentParser(description="What holds for tokenizers.")
@@ -102,7 +111,8 @@ def row(folder: str, texts: str) -> str:
     with tempfile.TemporaryDirectory() as place:
         Path(place, "texts.txt").write_text("\n".join([FOREIGN] * 20), encoding="utf-8")
         try:
-            foreign = f"{train(tokenizer, place)[0]:.1%}"
+            file = pack(FileCorpus(f"{place}/texts.txt"), tokenizer, place)["train"]
+            foreign = f"{unknown_share(json.loads(file.with_suffix('.json').read_text())):.1%}"
         except ValueError as error:
             foreign = f"refused, {str(error).split()[0]}"
     sample = texts.partition("\n")[0]
