@@ -26,7 +26,7 @@ from ldlm.decoders import TokenDecoder
 from ldlm.denoiser import Denoiser
 from ldlm.encoders import FrozenTokenEncoder, TokenEncoder
 from ldlm.latents import LatentDecoder, LatentEncoder
-from ldlm.packing import name_tokenizer, tokenizer_digest, vocabulary_size
+from ldlm.packing import name_tokenizer, packed_vocabulary_size, tokenizer_digest, vocabulary_size
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 AVERAGING = "averages weights where neither validation nor checkpoints here would look: use ldlm.callbacks.EMA"
@@ -74,9 +74,12 @@ def check_parts(
     ]:
         if one != other:
             raise ValueError(f"{what} differs, {one} and {other}: give both the same")
+    if tokenizer is None:
+        return
     known = token_encoder.vocab_size
-    # Some models pad their vocabulary a little; a tokenizer that is much smaller is another model's.
-    if tokenizer is not None and not 0.95 * known <= vocabulary_size(tokenizer) <= known:
+    # Some models pad their vocabulary a little; a tokenizer that is much smaller is another model's. Ids of special
+    # tokens may be too large: no text has them. Those that every row has, BOS and EOS, may not.
+    if vocabulary_size(tokenizer) < 0.95 * known or packed_vocabulary_size(tokenizer) > known:
         raise ValueError(
             f"the tokenizer has {vocabulary_size(tokenizer)} tokens, but the token encoder knows {known}: "
             "use the tokenizer that belongs to the encoder"

@@ -28,6 +28,7 @@ from ldlm.files import leads_out
 from ldlm.grids import TimeGrid
 from ldlm.hub import check_json
 from ldlm.latents import LatentDecoder, LatentEncoder
+from ldlm.packing import name_tokenizer, tokenizer_digest
 from ldlm.samplers import Sampler
 from ldlm.saving import read
 from ldlm.schedules import NoiseSchedule
@@ -173,6 +174,16 @@ def pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         tokenizer.save_pretrained(folder)
         files = [path for path in sorted(Path(folder).iterdir()) if path.is_file()]
         return {path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if transformers does not save a tokenizer whole: a checkpoint's would give other ids."""
+    kept = unpack_tokenizer(pack_tokenizer(tokenizer), "the model")
+    if tokenizer_digest(kept) != tokenizer_digest(tokenizer):
+        raise ValueError(
+            f"tokenizer={name_tokenizer(tokenizer)!r} gives other ids once it is saved and loaded again, and a "
+            "checkpoint would hold that other one: save it by save_pretrained, and give the folder as the tokenizer"
+        )
 
 
 def unpack_tokenizer(files: dict[str, Tensor], source: str = "the file") -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ App. C "Data preprocessing" begins here; the LM1B detokeniser is MDLM's, whose p
 
 import abc
 import gzip
+import io
 import json
 import re
 import zlib
@@ -23,6 +24,7 @@ TEXT_UNITS = ("line", "paragraph", "document")
 MAX_DOCUMENT_BYTES = 2**23
 SKELETON = 2**20  # bytes of a JSON line outside its strings: "[]," alone takes 60 bytes in memory
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+STEM = 40  # characters: packed files and hidden states add to it, and file systems end at 255 bytes, four a character
 FILES_HINT = "a local .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of them"
 
 
@@ -47,6 +49,9 @@ class Corpus(abc.ABC):
 class FileCorpus(Corpus):
     """Documents of local files: a `.jsonl` line or `.parquet` row is one; for `.txt` see `text_unit`.
 
+    The lines of a `.txt` file end in LF, CR LF or CR, which all come out as LF; those at the end of a document are
+    dropped. Strings in JSON and Parquet, and all other characters (U+0085, U+2028, form feeds), stay as they are.
+
     Args:
         path: a file with one of `SUFFIXES`, or a folder, searched recursively and read in sorted order.
         text_column: the JSON field or Parquet column with the text.
@@ -56,7 +61,8 @@ class FileCorpus(Corpus):
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a file of another kind; on reading: not UTF-8, not JSON, no such column, a longer document.
+        ValueError: a file of another kind; on reading: not UTF-8, not JSON, no such column, a longer document, or it
+            changed meanwhile.
     """
 
     def __init__(
@@ -70,7 +76,8 @@ class FileCorpus(Corpus):
         self.text_column = text_column
         self.text_unit = text_unit
         self.max_document_bytes = max_document_bytes
-        self.stem = re.sub(r"[^\w.-]+", "-", self.path.resolve().name.partition(".")[0] or "corpus")
+        self.stem = _stem(self.path.resolve().name.partition(".")[0] or "corpus")
+        self._known: dict[Path, tuple[int, ...]] = {}
         if not self.path.exists():
             raise FileNotFoundError(f"{path} does not exist; give {FILES_HINT}, or a hub name")
         if self.path.is_dir():
@@ -90,12 +97,18 @@ class FileCorpus(Corpus):
     def __iter__(self) -> Iterator[str]:
         """Give the documents file by file."""
         for file in self.files:
-            if file.name.lower().endswith(".txt"):
-                yield from self._plain(file)
-            elif file.name.lower().endswith(".parquet"):
-                yield from self._parquet(file)
-            else:
-                yield from self._json_lines(file)
+            before = self._known.get(file) or _state(file)
+            try:
+                if file.name.lower().endswith(".txt"):
+                    yield from self._plain(file)
+                elif file.name.lower().endswith(".parquet"):
+                    yield from self._parquet(file)
+                else:
+                    yield from self._json_lines(file)
+            except (ValueError, OSError):
+                _check_unchanged(file, before)
+                raise
+            _check_unchanged(file, before)
 
     def __len__(self) -> int:
         """Count the documents by reading them."""
@@ -104,8 +117,9 @@ class FileCorpus(Corpus):
     def identity(self) -> dict[str, Any]:
         """Name, size and SHA-256 of each file; no absolute path, so that a moved corpus is the same corpus."""
         root = self.path if self.path.is_dir() else self.path.parent
+        self._known = {file: _state(file) for file in self.files}  # reading finds out whether it is still this one
         files = [
-            {"name": file.relative_to(root).as_posix(), "bytes": file.stat().st_size, "sha256": sha256(file)}
+            {"name": file.relative_to(root).as_posix(), "bytes": self._known[file][0], "sha256": sha256(file)}
             for file in self.files
         ]
         return {"files": files, "text_column": self.text_column, "text_unit": self.text_unit}
@@ -113,22 +127,22 @@ class FileCorpus(Corpus):
     def _plain(self, file: Path) -> Iterator[str]:
         kept: list[str] = []
         size = 0
-        for number, line in _lines(file, self.max_document_bytes):
+        for number, line in _with_line_feeds(_lines(file, self.max_document_bytes)):
             blank = not line.strip()
             size = len(line.encode()) + (size if kept else 0)
             self._check_length(size, f"{file}, line {number}: a document up to there")
             if self.text_unit == "document":
                 kept.append(line)
             elif self.text_unit == "line" and not blank:
-                yield line.rstrip("\r\n")
+                yield line.rstrip("\n")
             elif self.text_unit == "paragraph" and not blank:
                 kept.append(line)
             elif self.text_unit == "paragraph" and kept:
-                yield "".join(kept).rstrip("\r\n")
+                yield "".join(kept).rstrip("\n")
                 kept = []
         text = "".join(kept)
         if text.strip():
-            yield text if self.text_unit == "document" else text.rstrip("\r\n")
+            yield text.rstrip("\n")
 
     def _json_lines(self, file: Path) -> Iterator[str]:
         for number, line in _lines(file, self.max_document_bytes):
@@ -219,7 +233,7 @@ class HubCorpus(Corpus):
     ) -> None:
         import datasets
 
-        self.stem = re.sub(r"[^\w.-]+", "-", name)
+        self.stem = _stem(name)
         self.name, self.config_name, self.split, self.revision = name, config_name, split, revision
         self.text_column = text_column
         self.max_document_bytes = max_document_bytes
@@ -335,6 +349,34 @@ def _too_long(where: str, longest: int) -> str:
         f"{where} has more than the {longest:,} bytes that a document may have; cut it, or give a larger "
         "max_document_bytes (--data.max_document_bytes)"
     )
+
+
+def _with_line_feeds(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Give the lines with a line feed for every CR LF, and for every CR, which ends a line too."""
+    for number, line in lines:
+        if "\r" in line:
+            yield from ((number, part) for part in io.StringIO(line, newline=None))
+        else:
+            yield number, line
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """Size, inode and time of a file, one of which differs once it is written to or replaced; zeros if it is gone."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return (0, 0, 0)
+    return stat.st_size, stat.st_ino, stat.st_mtime_ns
+
+
+def _check_unchanged(file: Path, before: tuple[int, ...]) -> None:
+    if _state(file) != before:
+        raise ValueError(f"{file} changed while it was read: wait until nothing writes to it, or give a copy of it")
+
+
+def _stem(name: str) -> str:
+    """A name short and plain enough to begin the names of files."""
+    return re.sub(r"[^\w.-]+", "-", name)[:STEM]
 
 
 def _no_column(wanted: str, where: str, there: list[str]) -> str:

@@ -28,7 +28,7 @@ from ldlm.agreement import (
     check_uncompiled,
     tokens_of,
 )
-from ldlm.checkpoints import check_description
+from ldlm.checkpoints import check_description, check_tokenizer
 from ldlm.data import PackedTextDataModule
 from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
@@ -39,7 +39,7 @@ from ldlm.latents import LatentDecoder, LatentEncoder, PerceiverResamplerDecoder
 from ldlm.noise import RowNoise, generator
 from ldlm.objective import MISSING_WARMUP, normal_like
 from ldlm.optimisation import Optimisation, guarded
-from ldlm.packing import load_tokenizer
+from ldlm.packing import load_tokenizer, unknown_id
 from ldlm.resuming import check_requeued, check_resumed, count_calls, read_run, reopen_epoch
 from ldlm.samplers import EulerMaruyama, Sampler
 from ldlm.schedules import NoiseSchedule, TangentSchedule
@@ -258,6 +258,8 @@ class LDLM(Optimisation):
         if isinstance(data, PackedTextDataModule):
             check_data(data, self.sequence_length, self.tokenizer)
         check_encoder(self.token_encoder, self.tokenizer)
+        if self.tokenizer is not None:
+            check_tokenizer(self.tokenizer)
         self._last_step = -1  # a second fit may begin with the step at which the first one ended
         adaptive = isinstance(self.timesteps, AdaptiveTimesteps) and self.diffusion_weight > 0
         if adaptive and self.refresh_every is None:
@@ -314,7 +316,7 @@ class LDLM(Optimisation):
         return guarded(losses.total)
 
     def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor] | None:
-        """Losses at evenly spread times, and the accuracy of clean and noised reconstruction."""
+        """Losses at evenly spread times, and the accuracy of clean and noised reconstruction, 0 on unknown tokens."""
         # The last batch may leave a rank nothing; it still takes part in the sums over ranks, with no weight.
         rows, batch = len(batch), batch if len(batch) else batch.new_zeros(1, self.sequence_length)
         counts: list[int] = self.all_gather(torch.tensor([rows], device=self.device)).flatten().tolist()  # type: ignore[union-attr]
@@ -327,8 +329,11 @@ class LDLM(Optimisation):
         losses = self.losses(batch, noise, u)
         noised = losses.z0 + self.sigma_dec * normal_like(losses.z0, noise)
         values = self.switched_on(losses)
-        values["accuracy"] = (self.decode(losses.z0) == batch).float().mean()
-        values["accuracy_noised"] = (self.decode(noised) == batch).float().mean()
+        # A token for unknown text stands for many texts: it is never right.
+        lost = None if self.tokenizer is None else unknown_id(self.tokenizer)
+        wanted = batch if lost is None else batch.masked_fill(batch == lost, -1)
+        values["accuracy"] = (self.decode(losses.z0) == wanted).float().mean()
+        values["accuracy_noised"] = (self.decode(noised) == wanted).float().mean()
         logged = {f"validation/{name}": value for name, value in values.items()}
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=rows, sync_dist=True)
         return {"u": u, "loss": losses.rows} if rows and self.diffusion_weight > 0 else None

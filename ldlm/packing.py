@@ -6,20 +6,20 @@ App. C "Data preprocessing": MDLM's protocol, without its faults: no tail is los
 BERT's documents end in [SEP]. What is read from the file, [BOS] + n-2 tokens + [EOS], is in `rows.py`.
 """
 
-import copy
 import hashlib
 import inspect
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ldlm.corpus import Corpus
@@ -30,6 +30,12 @@ FORMAT_VERSION = 1
 BLOCK_BYTES = 64 * 2**20  # one digest per block: an altered file is found, and found where
 BATCH_CHARACTERS = 2**20  # enough to keep a fast tokenizer's threads busy, little enough for any memory
 PARTS = ("train", "validation")
+# Shares of unknown tokens. In its own language a subword vocabulary stays under .01; one of 10,000 whole words reaches
+# .05 to .15; text in another script gives .4 and more, since a run of unknown characters can be a single token.
+MUCH_UNKNOWN, MOST_UNKNOWN = 0.01, 0.25
+LOST = -1  # in the place of text that a tokenizer drops
+ODD = "\ufdd0"  # a noncharacter: Unicode promises that no text holds it
+SAMPLE = "The naïve  Cafe, 1,234 東京\n\tDON'T"  # tells tokenizers apart that are written in Python
 VERIFICATIONS = ("once", "full")
 
 
@@ -50,35 +56,89 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
         ) from None
 
 
+def frame_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """Return the ids that begin and end a row: BOS, CLS or what ends one; EOS, or SEP for the BERT family; or None."""
+    end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return _first(tokenizer.bos_token_id, tokenizer.cls_token_id, end), end
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((number for number in ids if number is not None), None)
+
+
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that ends a document and a row: EOS, or SEP for the BERT family; ValueError if there is neither."""
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token is not None:
-            return int(token)
-    raise ValueError(f"tokenizer={name_tokenizer(tokenizer)!r} has neither an EOS nor a SEP token; set its eos_token")
+    """Return the id that ends a document and a row; ValueError if the tokenizer has neither EOS nor SEP."""
+    _, end = frame_ids(tokenizer)
+    if end is None:
+        raise ValueError(
+            f"tokenizer={name_tokenizer(tokenizer)!r} has neither an EOS nor a SEP token; set its eos_token"
+        )
+    return end
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that begins a row: BOS, or CLS, or what ends a row; ValueError if there is none."""
-    for token in (tokenizer.bos_token_id, tokenizer.cls_token_id):
-        if token is not None:
-            return int(token)
-    return eos_id(tokenizer)
+    """Return the id that begins a row; ValueError if there is none."""
+    begin, _ = frame_ids(tokenizer)
+    return eos_id(tokenizer) if begin is None else begin
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of special tokens: those with a name, such as EOS, and those that are only marked as special."""
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of text that the vocabulary lacks; None if there is no such id, or it has another meaning too."""
+    found = [tokenizer.unk_token_id]
+    if tokenizer.is_fast:
+        try:
+            found = [token.id for token in tokenizer.backend_tokenizer.model.tokenize(ODD)]
+        except Exception:  # tokenizers' own, which has no subclass: the model has no id for what it lacks
+            return None
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    return found[0] if len(found) == 1 and found[0] not in named else None  # several: bytes stand for what is lacking
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a SHA-256 of what turns text into ids, the same in every process and wherever the tokenizer came from."""
+    """Return a SHA-256 of what turns text into ids, BOS and EOS; it survives saving, and a new token for padding.
+
+    What stands between the parts of a model's input, such as a template with [CLS], plays no part in packed text.
+    """
+    frame = frame_ids(tokenizer)
     if tokenizer.is_fast:
-        model = json.loads(tokenizer.backend_tokenizer.to_str())
-        model.update(truncation=None, padding=None)  # set by whichever call came last, and unused here
-    else:
-        model = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+        return _backend_digest(tokenizer.backend_tokenizer.to_str(), frozenset(special_ids(tokenizer)), frame)
+    about = {"frame": frame, "class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    with suppress(ValueError):  # it has no id for some of the sample
+        about["sample"] = encoder(tokenizer)([SAMPLE])
+    return _fingerprint(about)
+
+
+@lru_cache(maxsize=2)  # a run asks for it again and again, and a vocabulary of 128,000 takes a second
+def _backend_digest(state: str, special: frozenset[int], frame: tuple[int | None, int | None]) -> str:
+    """The digest of what the tokenizers library writes down, which is JSON."""
+    parts = json.loads(state)
+    pieces, added = dict(parts["model"]["vocab"]), sorted(parts["added_tokens"], key=lambda token: token["id"])
+    about = {"frame": frame} | {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
+    # A special token that is no piece of the vocabulary cannot be made of text.
+    about["special"] = [token["id"] for token in added if token["id"] in special and token["content"] in pieces]
+    about["added"] = [token for token in added if token["id"] not in special]
+    before = about["pre_tokenizer"] or {}
+    if before.get("type") == "Metaspace" and before["prepend_scheme"] == "always" and not about["added"]:
+        # Nothing divides a text before this, so its beginning is the only one; transformers saves Llama's so (5.23).
+        before["prepend_scheme"] = "first"
+    return _fingerprint(about)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return one more than the largest id, which a vocabulary with gaps lets exceed `len(tokenizer)`."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+def packed_vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return one more than the largest id that packed text can hold: of special tokens, only BOS, EOS and unknown."""
+    absent = special_ids(tokenizer) - {unknown_id(tokenizer), *frame_ids(tokenizer)}
+    return 1 + max((number for number in tokenizer.get_vocab().values() if number not in absent), default=0)
 
 
 def read_header(path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -99,6 +159,7 @@ def read_header(path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
         whole = whole and header.pop("digest", None) in (None, _fingerprint(header))  # of all that is left
         length = tokens * np.dtype(made_from["dtype"]).itemsize
         digest, name = made_from["tokenizer"], header["tokenizer"]
+        whole = whole and unknown_share(header) >= 0
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path.with_suffix('.json')} is not a whole header of a packed corpus; {remedy}") from None
     if version != FORMAT_VERSION or not whole:
@@ -161,16 +222,18 @@ def pack(
         The path of the `.bin` of each part.
 
     Raises:
-        ValueError: a file in the folder was truncated or altered, or the corpus cannot be read or divided.
+        ValueError: a file in the folder was truncated or altered, the corpus cannot be read or divided, or much of it
+            is unknown to the tokenizer.
     """
-    end, dtype = eos_id(tokenizer), "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
+    end, size = eos_id(tokenizer), packed_vocabulary_size(tokenizer)
+    dtype, unknown = "uint16" if size <= 2**16 else "uint32", unknown_id(tokenizer)
     common = {
         **corpus.identity(),
         "detokenize": detokenize and f"{detokenize.__module__}.{detokenize.__qualname__}",
         "detokenize_source": detokenize and hashlib.sha256(inspect.getsource(detokenize).encode()).hexdigest(),
         "tokenizer": tokenizer_digest(tokenizer),
         "eos": end,
-        "vocabulary": vocabulary_size(tokenizer),
+        "vocabulary": size,
         "dtype": dtype,
         "held_out": held_out,
     }
@@ -182,6 +245,7 @@ def pack(
         if header["made_from"] != made_from[part]:
             raise ValueError(f"{paths[part]} stands where another corpus belongs; delete it and its header")
         verify_blocks(paths[part], header["blocks"], BLOCK_BYTES, full=verify == "full")
+        _warn_of_unknown(header, paths[part], tokenizer)
     if not missing:
         return paths
     sweep(Path(folder))
@@ -189,21 +253,56 @@ def pack(
     with ExitStack() as stack:
         # The tokens take their place first and the headers last: without its header a file is never used.
         written = {part: _Stream(stack.enter_context(write_atomically(paths[part])), dtype) for part in missing}
-        for number, ids in enumerate(_tokenise(corpus, tokenizer, detokenize)):
+        for number, (text, ids) in enumerate(_tokenise(corpus, tokenizer, detokenize)):
             part = PARTS[holds_out(number)] if len(parts) > 1 else parts[0]
             if part in written:
-                written[part].append([*ids, end])
+                kept = [number for number in ids if number != LOST] if LOST in ids else ids
+                written[part].append([*kept, end])
+                written[part].unknown += 0 if unknown is None else kept.count(unknown)
+                written[part].lost += len(ids) - len(kept) if ids else bool(text.strip())
         for stream in written.values():
             stream.flush(last=True)
+            _refuse_unknown(stream.counts(), tokenizer)
     for part, stream in written.items():
         header = {"format_version": FORMAT_VERSION, "fingerprint": _fingerprint(made_from[part])}
-        header |= {"tokenizer": name_tokenizer(tokenizer), "tokens": stream.tokens}
-        header |= {"documents": stream.documents, "blocks": stream.blocks, "made_from": made_from[part]}
+        header |= {"tokenizer": name_tokenizer(tokenizer), **stream.counts()}
+        header |= {"blocks": stream.blocks, "made_from": made_from[part]}
         header["digest"] = _fingerprint(header)
         with write_atomically(paths[part].with_suffix(".json")) as handle:
             handle.write(json.dumps(header, indent=1).encode())
         rank_zero_info(f"packed {stream.documents:,} documents, {stream.tokens:,} tokens into {visible(paths[part])}")
+        _warn_of_unknown(header, paths[part], tokenizer)
     return paths
+
+
+def unknown_share(counts: dict[str, Any]) -> float:
+    """Return the share of a text's tokens that are unknown, by a header's counts; what was lost counts as unknown."""
+    texts = counts["tokens"] - counts["documents"] + counts["lost"]  # each document has one token that ends it
+    return float((counts["unknown"] + counts["lost"]) / max(1, texts))
+
+
+def _warn_of_unknown(header: dict[str, Any], path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    share = unknown_share(header)
+    if share >= MUCH_UNKNOWN:
+        rank_zero_warn(
+            f"{share:.1%} of the tokens in {path} are unknown to {name_tokenizer(tokenizer)}: that much of the text is "
+            "lost, and no model of it can be right there; a tokenizer made for this text knows it all"
+        )
+
+
+def _refuse_unknown(counts: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    name = name_tokenizer(tokenizer)
+    if counts["lost"] and counts["tokens"] == counts["documents"]:
+        raise ValueError(
+            f"tokenizer={name!r} made no token of the text of {counts['documents']:,} documents: its vocabulary is "
+            "empty, or has none of their characters; load it by from_pretrained (transformers 5 ignores vocab_file= "
+            "and merges_file=, its arguments are vocab= and merges=), or give another"
+        )
+    if (share := unknown_share(counts)) > MOST_UNKNOWN:
+        raise ValueError(
+            f"{share:.0%} of the text's tokens are unknown to tokenizer={name!r}, and more than {MOST_UNKNOWN:.0%} is "
+            "another language or another kind of text than it was made for: give a tokenizer that knows this text"
+        )
 
 
 class _Stream:
@@ -211,7 +310,7 @@ class _Stream:
 
     def __init__(self, handle: BinaryIO, dtype: str) -> None:
         self.handle, self.dtype = handle, np.dtype(dtype).newbyteorder("<")
-        self.tokens = self.documents = 0
+        self.tokens = self.documents = self.unknown = self.lost = 0
         self.blocks: list[str] = []
         self._waiting = bytearray()
 
@@ -221,6 +320,11 @@ class _Stream:
         self.documents += 1
         if len(self._waiting) >= BLOCK_BYTES:
             self.flush()
+
+    def counts(self) -> dict[str, int]:
+        """Say how many tokens there are, of them unknown ones, and how much text, or whole documents, gave none."""
+        counts = {"tokens": self.tokens, "documents": self.documents}
+        return counts | {"unknown": self.unknown, "lost": self.lost}
 
     def flush(self, last: bool = False) -> None:
         while len(self._waiting) >= BLOCK_BYTES or (last and self._waiting):
@@ -232,28 +336,96 @@ class _Stream:
 
 def _tokenise(
     corpus: Iterable[str], tokenizer: PreTrainedTokenizerBase, detokenize: Callable[[str], str] | None
-) -> Iterator[list[int]]:
-    """Give the ids of each document; documents go to the tokenizer in batches, whose edges change nothing."""
-    encode, waiting = encoder(tokenizer), deque[Future[list[list[int]]]]()
+) -> Iterator[tuple[str, list[int]]]:
+    """Give each document and its ids; documents go to the tokenizer in batches, whose edges change nothing."""
+    encode, waiting = encoder(tokenizer, mark_lost=True), deque[tuple[list[str], Future[list[list[int]]]]]()
     with ThreadPoolExecutor(1) as ahead:  # a fast tokenizer needs no Python: files are read and written meanwhile
         for texts in batches(corpus if detokenize is None else map(detokenize, corpus)):
-            waiting.append(ahead.submit(encode, texts))
+            waiting.append((texts, ahead.submit(encode, texts)))
             if len(waiting) > 2:
-                yield from waiting.popleft().result()
-        for rest in waiting:
-            yield from rest.result()
+                texts, first = waiting.popleft()
+                yield from zip(texts, first.result(), strict=True)
+        for texts, rest in waiting:
+            yield from zip(texts, rest.result(), strict=True)
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
-    """Give the fastest way from texts to ids, nothing added; a literal <|endoftext|> is text, not the end of one."""
+def encoder(tokenizer: PreTrainedTokenizerBase, mark_lost: bool = False) -> Callable[[list[str]], list[list[int]]]:
+    """Give the fastest way from texts to ids, nothing added; a literal <|endoftext|> is text, not the end of one.
+
+    No id of a special token comes out of it, except that of unknown text. Where a vocabulary cannot spell a special
+    token in other pieces, as one of whole words cannot, it is unknown.
+
+    Args:
+        tokenizer: whose ids; it stays as it is.
+        mark_lost: whether `LOST` stands where a tokenizer without an id for unknown text drops some.
+
+    Raises:
+        ValueError: from the call, if a text has what the tokenizer has no id for.
+    """
+    (call, dropped), unknown, name = _plain_call(tokenizer), unknown_id(tokenizer), name_tokenizer(tokenizer)
+    special = special_ids(tokenizer) - {unknown}
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        try:
+            found = call(texts)
+        except Exception as error:  # tokenizers' own, which has no subclass
+            raise ValueError(f"tokenizer={name!r} cannot read a text ({error}); give it an unk_token") from error
+        for row, text in enumerate(texts):
+            if special.isdisjoint(found[row]):
+                continue
+            if dropped in found[row]:
+                marked = (LOST if number == dropped else number for number in found[row])
+                found[row] = [number for number in marked if mark_lost or number != LOST]
+            elif unknown is None:
+                token = tokenizer.convert_ids_to_tokens(next(number for number in found[row] if number in special))
+                raise ValueError(
+                    f"tokenizer={name!r} makes its special token {token!r} of the text {text[:80]!r}, and has no token "
+                    "for unknown text to put there: remove what it stands for by detokenize, or give another tokenizer"
+                )
+            else:
+                found[row] = [unknown if number in special else number for number in found[row]]
+        return found
+
+    return encode
+
+
+def _plain_call(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], list[list[int]]], int | None]:
+    """Give a way from texts to ids in which special tokens that a text spells out are not recognised.
+
+    And the id that stands in it for characters that are dropped otherwise, if there is one.
+    """
     if not tokenizer.is_fast:
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return lambda texts: tokenizer(texts, padding=False, truncation=False, **plain)["input_ids"]
+        return lambda texts: tokenizer(texts, padding=False, truncation=False, **plain)["input_ids"], None
     # Transformers' own call also wants to know where each token stood. A copy: the tokenizer stays as it was given.
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.no_truncation(), backend.no_padding()
+    # `encode_special_tokens` alone leaves a special token to the model, and a vocabulary that has it as a piece, as
+    # Unigram and whole words do, makes it whole again. So in the copy no special token has a name that text can have.
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, hidden = state["model"], special_ids(tokenizer) | {unknown_id(tokenizer)}
+    unigram = model["type"] == "Unigram"
+    pieces = {piece: number for number, (piece, _) in enumerate(model["vocab"])} if unigram else model["vocab"]
+    named = pieces | {token["content"]: token["id"] for token in state["added_tokens"]}
+    names = {piece: f"{ODD}{number}{ODD}" for piece, number in named.items() if number in hidden}
+    for token in state["added_tokens"]:
+        if token["id"] in hidden:
+            token.update(content=names[token["content"]], special=True, normalized=False)
+    if unigram:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    dropped = None
+    if model["type"] == "BPE":
+        if not model["unk_token"]:  # it would drop what it lacks, and says so by a special token that text cannot have
+            piece, dropped = next(((piece, pieces[piece]) for piece in names if piece in pieces), ("", None))
+            model["unk_token"] = names.get(piece)
+        prefix = model["continuing_subword_prefix"] or ""
+        pairs = (((one, two), one + two.removeprefix(prefix)) for one, two in model["merges"])
+        model["merges"] = [pair for pair, whole in pairs if names.keys().isdisjoint([*pair, whole])]
+    state.update(truncation=None, padding=None, post_processor=None, decoder=None)
+    backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     backend.encode_special_tokens = True
-    return lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)], dropped
 
 
 def batches(corpus: Iterable[str]) -> Iterator[list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldlm.module import LDLM
 from ldlm.noise import generator
 from ldlm.objective import normal_like
-from ldlm.packing import bos_id, eos_id
+from ldlm.packing import bos_id, encoder, eos_id, unknown_id
 
 MIXTURES = 11  # points of a path between two latents
 TIMES = 48
@@ -69,8 +69,7 @@ def pack(model: LDLM, texts: list[str], count: int, framed: bool) -> Tensor:
         raise ValueError("this model has no tokenizer to read texts with: give LDLM(tokenizer=...)")
     begin, end = bos_id(tokenizer), eos_id(tokenizer)
     body = n - 2 if framed else n
-    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-    stream = torch.tensor(list(chain.from_iterable([*row, end] for row in ids)))
+    stream = torch.tensor(list(chain.from_iterable([*row, end] for row in encoder(tokenizer)(texts))))
     rows = stream[: min(count, len(stream) // body) * body].view(-1, body)
     if len(rows) < 2:
         raise ValueError(f"the reference makes {len(rows)} rows of {n} tokens, and two are needed: give more texts")
@@ -130,7 +129,7 @@ def loss_over_time(model: LDLM, z: Tensor, seed: int, batch_size: int) -> dict[s
 
 
 def reconstruction(model: LDLM, z: Tensor, tokens: Tensor, seed: int, batch_size: int) -> dict[str, list[float]]:
-    """Share of tokens that come back from latents with noise of several deviations added.
+    """Share of tokens that come back from latents with noise of several deviations added; unknown ones never do.
 
     Args:
         model: Whose decoders are used.
@@ -140,7 +139,8 @@ def reconstruction(model: LDLM, z: Tensor, tokens: Tensor, seed: int, batch_size
         batch_size: Rows decoded together.
     """
     levels = [level * (model.sigma_dec or 1.0) for level in NOISE]
-    found = []
+    lost, found = None if model.tokenizer is None else unknown_id(model.tokenizer), []
+    tokens = tokens if lost is None else tokens.masked_fill(tokens == lost, -1)
     for level in levels:
         right = torch.zeros((), dtype=torch.int64, device=z.device)
         for number, (part, want) in enumerate(_parts(z, tokens, batch_size)):
