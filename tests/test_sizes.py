@@ -34,7 +34,7 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from ldlm.checkpoints import describe, pack_tokenizer, read_checkpoint, unpack_tokenizer
+from ldlm.checkpoints import describe, make, pack_tokenizer, read_checkpoint, unpack_tokenizer
 from ldlm.corpus import FileCorpus, open_corpus
 from ldlm.data import PackedTextDataModule
 from ldlm.decoders import TransformerTokenDecoder
@@ -231,12 +231,10 @@ def test_a_part_of_ones_own_that_computes_in_its_constructor_loads_with_all_its_
         LDLM.load_from_checkpoint(tmp_path / "lie.ckpt")
 
 
-def test_comparing_first_draws_no_random_numbers(saved, monkeypatch):
+def test_comparing_first_draws_no_random_numbers(saved):
     """Whoever seeds, loads and goes on gets what they got when a model was made once."""
     torch.manual_seed(0)
     about = read_checkpoint(saved / "whole.ckpt")["ldlm"]["model"]["init_args"]
-    from ldlm.checkpoints import make
-
     make(LDLM, about | {"tokenizer": None})
     once = torch.rand(3)
     torch.manual_seed(0)

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 from command import complaint, evaluation_folder
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.errors import MarkupError
 from tensorboard.plugin_util import markdown_to_safe_html
 from tiny import LENGTH, VOCAB, make_data, make_model, make_tokenizer, make_trainer
 from tokenizers import Tokenizer
@@ -92,7 +94,7 @@ def test_generated_texts_are_printed_so_that_nothing_in_them_acts_and_written_as
 
 def fitted(folder: Path, tokenizer, **changes):
     """A short fit on texts of such words."""
-    words = [token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens]
+    words = [token for token in sorted(tokenizer.get_vocab()) if token not in tokenizer.all_special_tokens]
     lines = [" ".join(words[(7 * i + j) % len(words)] for j in range(LENGTH)) for i in range(60)]
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     data = make_data(folder, dataset=str(folder / "texts.jsonl"), tokenizer=tokenizer, validation=0.3)
@@ -114,6 +116,13 @@ def test_markup_in_a_held_out_text_does_not_end_a_fit(tmp_path, capsys):
     assert [word for word in words if word not in printed] == []
 
 
+@pytest.mark.parametrize("text", ["[/INST]", "[/]", "a [/b] c", "[link=http://e]x", "\x1b[31m[/red]"])
+def test_what_looks_like_markup_is_shown_at_the_end_of_a_fit(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.setattr("ldlm.watch.sample_texts", lambda *_: [text])
+    fitted(tmp_path, make_tokenizer(), callbacks=[ShowSamples(num_samples=1, nfe=1)])
+    assert visible(text) in capsys.readouterr().out
+
+
 def test_tensorboard_shows_a_text_as_text():
     for text in [*EVIL, " ".join(EVIL), "a | b\n  c\td", "1. x", "<!-- x", "&#60;b>", "[r]: http://e"]:
         table = f"| | generated |\n|---|---|\n| 0 | {cell(text)} |"
@@ -126,8 +135,6 @@ def test_tensorboard_shows_a_text_as_text():
 
 
 def test_sample_logger_writes_what_tensorboard_shows_as_text(tmp_path, monkeypatch):
-    from lightning.pytorch.loggers import TensorBoardLogger
-
     written: list[str] = []
     logger = TensorBoardLogger(tmp_path)
     monkeypatch.setattr(logger.experiment, "add_text", lambda name, text, step: written.append(text))
@@ -237,7 +244,6 @@ def test_a_study_tells_of_a_failure_so_that_nothing_in_it_acts(tmp_path, monkeyp
 
 def test_predict_says_where_its_file_is_whatever_the_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    os.mkdir("in")
     trainer = make_trainer(tmp_path, [ReconstructionWriter(f"{NAME}.jsonl")])
     trainer.predict(make_model(tokenizer=make_tokenizer()), make_data(tmp_path))
     said = capsys.readouterr().err
@@ -257,7 +263,5 @@ def test_a_benchmark_shows_any_name(tmp_path, monkeypatch, capsys):
 
 def test_rich_takes_brackets_in_a_plain_string_for_markup():
     """Why a `Text` is asked for: the day this fails, rich has changed."""
-    from rich.errors import MarkupError
-
     with pytest.raises(MarkupError):
         Console(file=open(os.devnull, "w")).print("[/INST]")  # noqa: SIM115

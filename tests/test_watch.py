@@ -186,4 +186,4 @@ def test_without_tensorboard_or_tokenizer_nothing_is_drawn_and_nothing_breaks(tm
 
 
 def test_a_text_in_a_table_keeps_to_its_cell():
-    assert cell("a | b\n  c\td") == "a \\| b c d"
+    assert cell("a | b\n  c\td") == "a &#124; b c d"
