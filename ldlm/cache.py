@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from ldlm.callbacks import as_ldlm
 from ldlm.checkpoints import describe
 from ldlm.data import PackedTextDataModule
 from ldlm.encoders import DTYPES, FrozenTokenEncoder, TokenEncoder
-from ldlm.files import visible, write_atomically
+from ldlm.files import sweep, verify_blocks, visible, write_atomically
 from ldlm.resuming import Recorded
 from ldlm.rows import PackedRows
+from ldlm.signals import check_signals
 
 STATISTICS = ("mean", "std", "statistics_rows")  # of the normalisation, which comes after what is stored
-TOKENS = 2**14  # in a batch while the file is written
+TOKENS = 2**14  # in a batch while the file is written, each of which has a digest
 
 
 class CacheHiddenStates(Recorded):
@@ -37,6 +39,10 @@ class CacheHiddenStates(Recorded):
     device in each; rows that are not there, such as validation's, are computed. States are computed in the encoder's
     own dtype, outside the trainer's autocast.
 
+    The file is verified against a SHA-256 for each of its blocks when a machine meets it first, and at each start with
+    ``PackedTextDataModule(verify="full")``. Another encoder or corpus has another file; those of earlier ones stay
+    until somebody deletes them (NAME-states-KEY.bin, .json and .verified), and the log says how much they take.
+
     Args:
         folder: Where the file is kept; None for the folder of the packed tokens.
         dtype: float32, bfloat16 or float16; None for the encoder's own, which loses nothing.
@@ -44,10 +50,12 @@ class CacheHiddenStates(Recorded):
 
     Raises:
         ValueError: If an argument is out of range. When the fit starts, if the encoder learns, the data are not a
-            `PackedTextDataModule`'s, or the file would be too large for ``max_gb`` or for the disk.
+            `PackedTextDataModule`'s, the file was altered, or it would be too large for ``max_gb`` or for the disk.
     """
 
-    def __init__(self, folder: str | None = None, dtype: str | None = None, max_gb: float = 20.0) -> None:
+    def __init__(
+        self, folder: str | None = None, dtype: str | None = None, max_gb: float = 20.0, verify: str = "once"
+    ) -> None:
         if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}, or None for the encoder's own")
         if not max_gb > 0:
@@ -73,24 +81,28 @@ class CacheHiddenStates(Recorded):
         shape = (len(rows), rows.sequence_length, encoder.hidden_size)
         size = shape[0] * shape[1] * shape[2] * dtype.itemsize
         folder = Path(self.folder or data.folder)
-        path = folder / f"{rows.path.stem}-states-{_key(rows, encoder, dtype)[:16]}.bin"
-        if not path.exists():
+        key = _key(rows, encoder, dtype)
+        path = folder / f"{rows.path.stem}-states-{key[:16]}.bin"
+        if not (path.exists() and path.with_suffix(".json").exists()):
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
             if size > min(free, self.max_gb * 1e9):
                 raise ValueError(
                     f"the hidden states of {shape[0]:,} rows of {shape[1]} tokens take {size / 1e9:,.3g} GB in "
                     f"{str(dtype).removeprefix('torch.')}, but max_gb={self.max_gb:g} and {free / 1e9:,.3g} GB are "
-                    f"free in {folder}: leave CacheHiddenStates out, or raise max_gb, or name another folder"
+                    f"free in {folder}{_others(folder, path)}: leave CacheHiddenStates out, or raise max_gb, or name "
+                    "another folder"
                 )
             if trainer.local_rank == 0:
                 rank_zero_info(
-                    f"computing the hidden states of {shape[0]:,} rows ({size / 1e9:,.3g} GB) into {visible(path)}"
+                    f"computing the hidden states of {shape[0]:,} rows ({size / 1e9:,.3g} GB) into "
+                    f"{visible(path)}{visible(_others(folder, path))}"
                 )
-                _write(path, rows, encoder, dtype)
+                sweep(folder)
+                _write(path, key, rows, encoder, dtype, trainer)
+        elif trainer.local_rank == 0:
+            _verify(path, key, size, _rows_of_batch(rows) * size // len(rows), full=data.verify == "full")
         trainer.strategy.barrier("hidden states")
-        if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes and not {size}: delete it, and it is made again")
         states = torch.from_file(str(path), shared=False, size=size // dtype.itemsize, dtype=dtype)
         encoder.stored = StoredStates(states.view(shape), rows, encoder)
 
@@ -123,18 +135,57 @@ def _digests(tokens: Tensor) -> list[bytes]:
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in tokens.cpu().numpy()]
 
 
+def _rows_of_batch(rows: PackedRows) -> int:
+    return max(1, TOKENS // rows.sequence_length)
+
+
 def _batches(rows: PackedRows) -> Iterator[Tensor]:
     """All rows in order, some at a time."""
-    count = max(1, TOKENS // rows.sequence_length)
+    count = _rows_of_batch(rows)
     for start in range(0, len(rows), count):
         yield rows[list(range(start, min(start + count, len(rows))))]
 
 
 @torch.no_grad()
-def _write(path: Path, rows: PackedRows, encoder: TokenEncoder, dtype: torch.dtype) -> None:
+def _write(
+    path: Path, key: str, rows: PackedRows, encoder: TokenEncoder, dtype: torch.dtype, trainer: L.Trainer
+) -> None:
+    """Write the file, and then its header: without one it is never used."""
+    blocks = []
     with write_atomically(path) as file:
         for tokens in _batches(rows):
-            file.write(_bytes(encoder.hidden_states(tokens.to(encoder.mean.device)).to(dtype)))
+            check_signals(trainer)  # this may take hours
+            content = _bytes(encoder.hidden_states(tokens.to(encoder.mean.device)).to(dtype))
+            blocks.append(hashlib.sha256(content).hexdigest())
+            file.write(content)
+    with write_atomically(path.with_suffix(".json")) as file:
+        file.write(json.dumps({"key": key, "blocks": blocks}).encode())
+
+
+def _verify(path: Path, key: str, size: int, block: int, full: bool) -> None:
+    """ValueError if a file is not whole, or holds the states of other rows or of another encoder."""
+    header = path.with_suffix(".json")
+    remedy = f"delete it and {header.name}, and it is made again"
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes and not {size}: {remedy}")
+    try:
+        told = json.loads(header.read_text(encoding="utf-8"))
+        found, blocks = told["key"], told["blocks"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"the header of {path} is not whole: {remedy}") from None
+    if found != key:
+        raise ValueError(f"{path} stands where other hidden states belong: {remedy}")
+    verify_blocks(path, blocks, block, full)
+
+
+def _others(folder: Path, path: Path) -> str:
+    """What to say of files that stay when encoder or corpus change."""
+    sizes = []
+    for file in folder.glob("*-states-*.bin"):
+        with suppress(FileNotFoundError):
+            sizes += [file.stat().st_size] if file != path else []
+    told = f" (hidden states of other runs take {sum(sizes) / 1e9:,.3g} GB there, in {len(sizes)} files *-states-*.bin)"
+    return told if sizes else ""
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -150,5 +201,5 @@ def _key(rows: PackedRows, encoder: TokenEncoder, dtype: torch.dtype) -> str:
         if name not in STATISTICS:
             weights.update(name.encode() + _bytes(tensor))
     blocks = json.loads(rows.path.with_suffix(".json").read_text(encoding="utf-8"))["blocks"]
-    about = [blocks, rows.sequence_length, rows.frame, describe(encoder), weights.hexdigest(), str(dtype)]
+    about = [blocks, rows.sequence_length, rows.frame, describe(encoder), weights.hexdigest(), str(dtype), TOKENS]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

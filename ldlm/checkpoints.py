@@ -8,9 +8,11 @@ part as ``{"class_path": ..., "init_args": {...}}`` and `build` make it again, w
 Nothing is imported on a file's word: `build` takes classes only from modules that are already imported.
 """
 
+import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -24,13 +26,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ldlm.decoders import TokenDecoder
 from ldlm.denoiser import Denoiser
 from ldlm.encoders import TokenEncoder
-from ldlm.files import leads_out
+from ldlm.files import FULL, leads_out, naming
 from ldlm.grids import TimeGrid
-from ldlm.hub import check_json
+from ldlm.hub import check_json, local_folder
 from ldlm.latents import LatentDecoder, LatentEncoder
 from ldlm.packing import name_tokenizer, tokenizer_digest
 from ldlm.samplers import Sampler
-from ldlm.saving import read
+from ldlm.saving import LOOKS, read
 from ldlm.schedules import NoiseSchedule
 from ldlm.sizes import check_length, storage_bytes, storage_numbers
 from ldlm.timesteps import TimestepSampler
@@ -47,7 +49,8 @@ PARTS = (
     TimeGrid,
 )
 FORMAT = 1
-LARGEST_DESCRIPTION = 2**24  # bytes of ldlm.json; the paper's model takes 3 kB
+DESCRIPTION = "ldlm.json"  # of an export
+LARGEST_DESCRIPTION = 2**24  # bytes of it; the paper's model takes 3 kB
 T = TypeVar("T")
 
 
@@ -188,13 +191,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def unpack_tokenizer(files: dict[str, Tensor], source: str = "the file") -> PreTrainedTokenizerBase:
     """The inverse of `pack_tokenizer`; ValueError if these are no tokenizer's files."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, naming(folder):
         try:
             if sum(content.nbytes for content in files.values()) > storage_bytes(files.values()):
                 raise ValueError("several of them are the same bytes")
             for name, content in files.items():
                 (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
         except Exception as error:  # a stranger's names and contents can be anything
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
             raise ValueError(f"{source} holds no files of a tokenizer ({error})") from error
         return read_tokenizer(folder, source)
 
@@ -224,6 +229,58 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is of something else: it does not describe an ldlm model")
     check_description(checkpoint.get("ldlm"), str(path))
     return dict(checkpoint)
+
+
+def read_export(path_or_repo: str, revision: str | None, looks: int = LOOKS) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What an exported folder, local or on the hub, says of its model, and the files that it names, by name.
+
+    The bytes that are given are those that were compared with their digests. Files that it does not name are not read.
+
+    Raises:
+        ValueError: If it is no export of ours, was cut short, or lacks a file, or if one was altered.
+    """
+    folder = local_folder(path_or_repo, revision, DESCRIPTION)
+    if not (folder / DESCRIPTION).is_file():
+        raise ValueError(f"'{path_or_repo}' holds no {DESCRIPTION}: it is not an exported ldlm model")
+    about = read_json(folder / DESCRIPTION)
+    if about.keys() == {"sha256"}:
+        raise ValueError(f"{path_or_repo} is being written, or its export was cut short: export the model again")
+    check_description(about, path_or_repo)
+    digests = exported(about, path_or_repo)
+    try:
+        folder = local_folder(path_or_repo, revision, DESCRIPTION, *digests)
+        return about, {name: _verified(folder / name, digest, path_or_repo) for name, digest in digests.items()}
+    except ValueError:
+        if looks and read_json(folder / DESCRIPTION) != about:  # another export took its place meanwhile
+            return read_export(path_or_repo, revision, looks - 1)
+        raise
+
+
+def exported(about: dict[str, Any], source: str) -> dict[str, str]:
+    """The digests of an export's files by name, as its description gives them.
+
+    Raises:
+        ValueError: If it gives none, or names what lies elsewhere.
+    """
+    digests = about.get("sha256")
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise ValueError(f"{source}/{DESCRIPTION} does not say which files belong to the model: export the model again")
+    for name in digests:
+        if not re.fullmatch(r"\w[\w.-]{,199}", name, re.ASCII) or name == DESCRIPTION:
+            raise ValueError(f"{source}/{DESCRIPTION} names {name!r}, which is no file of an export")
+    return digests
+
+
+def _verified(file: Path, digest: str, source: str) -> bytes:
+    try:
+        if not file.is_file():
+            raise ValueError(f"{source} lacks {file.name}, which belongs to the model: export or fetch the model again")
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{source}/{file.name} could not be read ({error.strerror})") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{source}/{file.name} was altered after the export: export the model again")
+    return content
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

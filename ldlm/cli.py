@@ -11,17 +11,20 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from ldlm import __version__
-from ldlm.files import visible
+from ldlm.files import exit_on_signal, visible
 from ldlm.parsing import Fault, Parser, fail, nearest, numbers
 
 LIGHTNING = {
@@ -36,31 +39,101 @@ IMPORTED: list[str] = []  # what --import named, for commands that start others
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Exits with status 2 and one sentence if the input is at fault."""
+    """Run the command. Exits with status 2 and one sentence if the input is at fault or nothing can be written.
+
+    Other statuses are those of the system's own tools: 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, all
+    of which leave no temporary file, and 141, without a word, if whoever read the output has enough of it.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # what a command starts is not to look into the current folder for Python's own modules either
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     if NamedModules not in sys.meta_path:
         sys.meta_path.append(NamedModules)
-    try:
-        words = import_modules(words)
-        command = words[0] if words else "--help"
-        if command in OURS:
-            OURS[command](words[1:])
-        elif command in LIGHTNING:
-            from ldlm.training import run
-
-            run(words)
-        elif command == "--version":
-            print(f"ldlm {__version__}")
-        elif command in ("--help", "-h"):
-            print(overview())
-        else:
-            raise Fault(f"there is no command {command!r}{nearest(command, [*LIGHTNING, *OURS])}")
-    except (Fault, ValueError, FileNotFoundError) as error:
-        if os.environ.get("LDLM_TRACEBACK"):
+    with ending_on_signals():
+        try:
+            try:
+                dispatch(words)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            leave_quietly()
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # a Trainer ends with status 1
+                fail("interrupted", 130)
+            if isinstance(end.__context__, BrokenPipeError):  # and so does rich
+                leave_quietly()
             raise
-        fail(str(error))
+        except (Fault, ValueError, OSError) as error:
+            if os.environ.get("LDLM_TRACEBACK"):
+                raise
+            fail(sentence(error))
+
+
+def dispatch(words: list[str]) -> None:
+    """Run one command."""
+    words = import_modules(words)
+    command = words[0] if words else "--help"
+    if command in OURS:
+        OURS[command](words[1:])
+    elif command in LIGHTNING:
+        from ldlm.training import run
+
+        run(words)
+    elif command == "--version":
+        print(f"ldlm {__version__}")
+    elif command in ("--help", "-h"):
+        print(overview())
+    else:
+        raise Fault(f"there is no command {command!r}{nearest(command, [*LIGHTNING, *OURS])}")
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the process by way of its clean-up, unless something else was arranged for them.
+
+    A fit puts its own handler in the place of this one once it has something to save.
+    """
+    ours: list[int] = []
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for signum in {"SIGTERM", "SIGHUP"} & signal.Signals.__members__.keys():
+                if signal.getsignal(signal.Signals[signum]) is signal.SIG_DFL:
+                    signal.signal(signal.Signals[signum], exit_on_signal)
+                    ours.append(signal.Signals[signum])
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def sentence(error: Exception) -> str:
+    """What is wrong, in one sentence; for an error of the system, which file and why."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    name = error.filename
+    if name is None:
+        try:
+            print(flush=True)  # fails, too, if this is what could not be written
+        except OSError:
+            abandon_output()
+            name = "standard output"
+    return f"{name}: {error.strerror}" if name else error.strerror
+
+
+def leave_quietly() -> NoReturn:
+    """End as the system ends a tool whose reader has closed the pipe."""
+    abandon_output()
+    raise SystemExit(141)
+
+
+def abandon_output() -> None:
+    """Let what is still to be printed go nowhere, or the interpreter would complain of it on its way out."""
+    with suppress(OSError, ValueError):  # no file behind it, as in a notebook
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def overview() -> str:

@@ -4,23 +4,27 @@ In: a path or a `package:NAME/inner/path` name. Out: a file that is complete or 
 No section of the paper; the packed corpus, checkpoints, exports and reports are all written through here.
 """
 
+import errno
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import secrets
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from types import FrameType
+from typing import BinaryIO, NoReturn
 
 if sys.platform != "win32":
     import fcntl
 
 PACKAGE_PREFIX = "package:"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # nothing more can be written
 TEMPORARY = re.compile(r"\.ldlm-\d+-[0-9a-f]{12}\.tmp")  # the names `write_atomically` writes under
 # What brings in the packages that the shipped recipes name; any other is suggested under its import name.
 INSTALL_HINTS = {
@@ -45,28 +49,47 @@ def visible(text: object) -> str:
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def is_special(path: str | Path) -> bool:
+    """Say whether a path leads to a device, a FIFO or a socket, which is written into and never replaced."""
+    return Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())
+
+
 @contextmanager
-def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
+def write_atomically(path: str | Path, through_links: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
 
     The name is unique, so two processes may write the same path at once: the later one wins, both leave a whole file.
-    Data reach the disk before the name does; missing parent folders are made.
+    Data reach the disk before the name does; missing parent folders are made. A file that is replaced passes on its
+    permissions and, as far as the system allows, owner and group; its other names (hard links) keep the old content.
+    A device, FIFO or socket is written into, bit by bit as the block writes.
 
     Args:
         path: where the finished file is to stand.
+        through_links: if `path` is a symbolic link, replace the file that it leads to, there or not, and not the link.
 
     Yields:
         The temporary file, open for binary writing; its `.name` is its path, for writers that want one.
+
+    Raises:
+        OSError: `path` is a folder, or cannot be written to; a full disk is reported with the name of the file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; give the name of a file in it", str(path))
+    if is_special(path):
+        with naming(path), open(path, "wb") as handle:
+            yield handle
+        return
+    path = Path(os.path.realpath(path)) if through_links else path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the name of the file: Lightning reads numbers out of names that it knows, ours among them.
     temporary = path.with_name(f".ldlm-{os.getpid()}-{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb") as handle:
+        with naming(path), open(temporary, "xb") as handle:
             if sys.platform != "win32":
                 with suppress(OSError):  # a file system without locks: nothing is swept there either
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take_permissions(handle.fileno(), path)
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -79,6 +102,35 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name a file or folder in the error of a full disk, which the system reports without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            error.filename = str(path)
+        raise
+
+
+def _take_permissions(descriptor: int, path: Path) -> None:
+    """Give an open file the permissions of the file that it will replace, if there is one."""
+    with suppress(OSError):  # no such file, or a file system without permissions
+        there = path.stat(follow_symlinks=False)
+        if stat.S_ISREG(there.st_mode):
+            with suppress(OSError):  # only the superuser may give files away
+                os.fchown(descriptor, there.st_uid, there.st_gid)
+            os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
+
+
+def exit_on_signal(signum: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler that ends the process by an exception, with the status that shells report for the signal.
+
+    So temporary files and folders are removed on the way out, which the system's own handler leaves behind.
+    """
+    raise SystemExit(128 + signum)
 
 
 def sweep(folder: Path) -> None:
@@ -111,8 +163,8 @@ def verify_blocks(path: Path, digests: list[str], size: int, full: bool = True) 
     Raises:
         ValueError: a block of `size` bytes differs, or the file does not end with the last one.
     """
-    note, stat = path.with_suffix(".verified"), path.stat()
-    known = [digests, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    note, there = path.with_suffix(".verified"), path.stat()
+    known = [digests, there.st_size, there.st_ino, there.st_mtime_ns, there.st_ctime_ns]
     with suppress(OSError, ValueError):  # no note, or none of ours
         if not full and json.loads(note.read_text(encoding="utf-8")) == known:
             return
@@ -121,7 +173,7 @@ def verify_blocks(path: Path, digests: list[str], size: int, full: bool = True) 
             if hashlib.sha256(handle.read(size)).hexdigest() != wanted:
                 raise ValueError(
                     f"{path} was altered after it was written (block {number} of {size} bytes); "
-                    f"delete it and {path.with_suffix('.json').name}, and it is packed again"
+                    f"delete it and {path.with_suffix('.json').name}, and it is made again"
                 )
     with suppress(OSError), write_atomically(note) as file:  # where nothing can be written it is read each time
         file.write(json.dumps(known).encode())

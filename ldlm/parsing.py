@@ -9,6 +9,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from ldlm.files import visible
@@ -24,10 +25,11 @@ class Fault(Exception):
     """Something the user can mend; its text is the one sentence that is printed."""
 
 
-def fail(sentence: str) -> NoReturn:
-    """Print one sentence on standard error and exit with status 2."""
-    print(f"ldlm: {visible(' '.join(sentence.split()))}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(sentence: str, status: int = 2) -> NoReturn:
+    """Print one sentence on standard error, if that can be written to, and exit."""
+    with suppress(OSError):
+        print(f"ldlm: {visible(' '.join(sentence.split()))}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

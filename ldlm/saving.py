@@ -5,6 +5,7 @@ No section of the paper. Why Lightning's own way (2.6.6) is replaced: it stages 
 wait for the disk, reads altered bytes without noticing, and unpickles whatever a URL gives.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -13,9 +14,10 @@ import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from io import BufferedReader
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -26,8 +28,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ldlm.files import sha256, sweep, visible, write_atomically
+from ldlm.files import is_special, sha256, sweep, visible, write_atomically
 from ldlm.sizes import check_storages
+
+LOOKS = 20  # at a file that another process replaces while it is read
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -66,7 +70,10 @@ class CheckpointFiles(TorchCheckpointIO):
                 write(checkpoint, Path(path))
         except (OSError, FloatingPointError, pickle.PicklingError) as error:
             self.failures += 1
-            told = f"{path} of step {checkpoint.get('global_step')} was not written ({error}), and what was there stays"
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            told = (
+                f"{path} of step {checkpoint.get('global_step')} was not written ({reason}), and what was there stays"
+            )
             if not self.training:
                 raise OSError(told) from error
             if self.failures >= self.tries:
@@ -184,27 +191,40 @@ def digest_file(path: Path) -> Path:
 def write(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its digest so that a kill at any moment leaves a file that its digest file knows.
 
-    Before the new file takes the old one's place, the digest file names both; afterwards, the new one alone.
+    Before the new file takes the old one's place, the digest file names both; afterwards, the new one alone. A link to
+    another folder stays, and the file there is replaced. A link to a checkpoint beside it, as ``save_last="link"``
+    makes them, gives its place to the new file: what it leads to is another checkpoint, kept for itself.
 
     Raises:
         OSError: If the disk is full, or the folder cannot be written to.
     """
+    if is_special(path):  # a device or a FIFO, which has no digest
+        with write_atomically(path) as file:
+            _save(content, file)
+        return
+    target = Path(os.path.realpath(path))
+    if path.is_symlink() and not target.is_relative_to(os.path.realpath(path.parent)):
+        path = target
     beside = digest_file(path)
-    with write_atomically(path) as file:
-        try:
-            torch.serialization.set_crc32_options(True)  # somebody may have switched off what reading goes by
-            torch.save(content, file)
-            file.flush()
-        except RuntimeError as error:  # torch's, of the archive that it could not end
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+    with write_atomically(path, through_links=False) as file:
+        _save(content, file)
         digest = f"{sha256(file.name)}  {path.name}\n".encode()
         if beside.exists() or not path.exists():
             with write_atomically(beside) as both:
                 both.write((beside.read_bytes() if beside.exists() else b"") + digest)
     with write_atomically(beside) as alone:
         alone.write(digest)
+
+
+def _save(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.serialization.set_crc32_options(True)  # somebody may have switched off what reading goes by
+        torch.save(content, file)
+        file.flush()
+    except RuntimeError as error:  # torch's, of the archive that it could not end
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read(path: str | Path) -> Any:
@@ -235,14 +255,9 @@ def read(path: str | Path) -> Any:
 
 
 def _unpack(path: Path, source: str) -> Any:
-    reason = damage(path)
+    reason, content = _examine(path, load=True)
     if reason is None:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            check_storages(content)
-            return content
-        except Exception as error:  # a stranger's bytes can make the reader raise anything
-            reason = f"could not be read as a checkpoint ({str(error).partition(chr(10))[0]})"
+        return content
     other = _newest(file for file in path.parent.glob("*.ckpt") if file != path)
     remedy = f"the newest whole one beside it is {other}" if other else "use another, or train again"
     raise ValueError(f"{source} {reason}: {remedy}")
@@ -250,19 +265,75 @@ def _unpack(path: Path, source: str) -> Any:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's bytes by the zip archive's checksums and the digest beside it, or None."""
+    return _examine(path, load=False)[0]
+
+
+def _examine(path: Path, load: bool) -> tuple[str | None, Any]:
+    """What is wrong with a checkpoint's bytes, or None; and its content, if that is asked for and nothing is wrong.
+
+    One open file is verified and loaded, so nothing can be put in its place in between. A run may replace the file at
+    the same time: then neither the digests of before it was opened nor those of after need fit, and it is read again.
+    """
+    for _ in range(LOOKS):
+        try:
+            target = Path(os.path.realpath(path))  # save_last="link" makes links, whose digest is that of the file
+            if is_special(target):
+                return "is not a checkpoint", None
+            before = _digests(target)
+            with open(target, "rb") as file:
+                opened = _identity(os.fstat(file.fileno()))
+                reason, content = _verify(file, target, before, load)
+                untouched = opened == _identity(os.fstat(file.fileno()))
+            if untouched and reason is None:
+                return None, content
+            if untouched and opened == _identity(os.stat(path)) and before == _digests(target):
+                return reason, None
+        except FileNotFoundError:
+            if not os.path.lexists(path):
+                return "is not there any more", None
+        except OSError as error:
+            return f"cannot be opened ({error.strerror})", None
+    return f"was replaced each of {LOOKS} times that it was read, or leads to no file", None
+
+
+def _identity(there: os.stat_result) -> tuple[int, ...]:
+    """What differs between a file and another that takes its place, or that is written over."""
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def _digests(path: Path) -> list[bytes] | None:
+    """The words of a checkpoint's digest file; None if there is none."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                return "is not a checkpoint"  # torch packs nothing, and what is packed could unfold to any size
+        return digest_file(path).read_bytes().split()
+    except FileNotFoundError:
+        return None
+
+
+def _verify(file: BufferedReader, path: Path, digests: list[bytes] | None, load: bool) -> tuple[str | None, Any]:
+    """What is wrong with an open checkpoint, or None; and its content if ``load``."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                return "is not a checkpoint", None  # torch packs nothing, and what is packed could unfold to any size
             altered = archive.testzip()
     except Exception:  # a stranger's bytes can make the reader raise anything
-        return "is truncated or not a checkpoint"
+        return "is truncated or not a checkpoint", None
     if altered is not None:
-        return f"was altered: the checksum of {altered!r} in it is wrong"
-    beside = digest_file(path.resolve())  # save_last="link" makes links, whose digest is that of the file
-    if beside.exists() and sha256(path).encode() not in beside.read_bytes().split():
-        return f"was altered, as its digest is none of those in {beside.name} (remove that if it is not the file's)"
-    return None
+        return f"was altered: the checksum of {altered!r} in it is wrong", None
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
+    if digests is not None and digest not in digests and digest not in (_digests(path) or []):
+        name = digest_file(path).name
+        return f"was altered, as its digest is none of those in {name} (remove that if it is not the file's)", None
+    if not load:
+        return None, None
+    file.seek(0)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        check_storages(content)
+        return None, content
+    except Exception as error:  # a stranger's bytes can make the reader raise anything
+        return f"could not be read as a checkpoint ({str(error).partition(chr(10))[0]})", None
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -274,7 +345,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     Args:
         folder: Of one run, such as ``ldlm_runs/quickstart/version_0``.
     """
-    return _newest(Path(folder).rglob("*.ckpt"))
+    # os.walk passes over folders that vanish meanwhile.
+    return _newest(Path(place, name) for place, _, names in os.walk(folder) for name in names if name[-5:] == ".ckpt")
 
 
 def last_of_run(trainer: L.Trainer) -> Path | None:
@@ -296,7 +368,7 @@ def last_of_run(trainer: L.Trainer) -> Path | None:
         place, runs = str(callbacks[0].dirpath), [Path(str(c.dirpath)) for c in callbacks]
     if is_remote(place):
         raise ValueError(f"the last checkpoint is looked for on this machine's disks, not in {place}: name it in full")
-    for run in sorted(filter(Path.is_dir, runs), key=lambda run: run.stat().st_mtime, reverse=True):
+    for run in sorted(filter(Path.is_dir, runs), key=_modified, reverse=True):
         if found := last_checkpoint(run):
             number = run.parent.name.removeprefix("version_")
             if isinstance(logger, TensorBoardLogger) and version is None and not callbacks and number.isdecimal():
@@ -306,18 +378,31 @@ def last_of_run(trainer: L.Trainer) -> Path | None:
     return None
 
 
+def _modified(path: Path) -> float:
+    """When a folder was written to last; long ago, if it vanished meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _newest(paths: Iterable[Path]) -> Path | None:
     for (step, _), path in sorted(((_age(path), path) for path in paths), reverse=True):
-        reason = damage(path) or ("holds no state that training could go on from" if step == math.inf else None)
+        reason = damage(path)
+        if reason is None and step == math.inf and _age(path)[0] == math.inf:  # it may have been replaced since
+            reason = "holds no state that training could go on from"
         if reason is None:
             return path
-        rank_zero_warn(f"{visible(path)} {visible(reason)}: it is passed over")
+        if os.path.lexists(path):  # else a run has removed it meanwhile
+            rank_zero_warn(f"{visible(path)} {visible(reason)}: it is passed over")
     return None
 
 
 def _age(path: Path) -> tuple[float, float]:
     """(optimizer step, time of writing); what cannot be read comes first, so that it is told of."""
     try:
+        if is_special(path):  # reading it might never end
+            return math.inf, 0.0
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check_storages(content)
         step, _ = content["global_step"], (content["ldlm"], content["optimizer_states"])

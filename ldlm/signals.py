@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from ldlm.files import visible
+from ldlm.files import exit_on_signal, visible
 from ldlm.guards import Later
 from ldlm.saving import CheckpointFiles
 
@@ -73,7 +73,8 @@ class StopOnSignal(L.Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.received = max(self.received, signum)
-        if callable(previous := self._previous.get(signum)):
+        previous = self._previous.get(signum)
+        if callable(previous) and previous is not exit_on_signal:
             previous(signum, frame)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -143,6 +144,18 @@ class StopOnSignal(L.Callback):
             (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
         ]:
             vars(owner).pop(name, None)
+
+
+def check_signals(trainer: L.Trainer) -> None:
+    """End the run if a signal has come: for long work before the first step, when there is nothing to save.
+
+    Raises:
+        Stopped: If it is to stop.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StopOnSignal) and callback.received:
+            rank_zero_info(f"{signal.Signals(callback.received).name} before the first step: there is nothing to save")
+            raise Stopped(128 + signal.SIGTERM)
 
 
 def path_of_last(trainer: L.Trainer) -> str | None:

@@ -5,8 +5,10 @@ No section of the paper. ``state_dict`` holds averaged parameters where `callbac
 some, and the raw ones stand beside it.
 """
 
+import hashlib
 import json
 import pickle
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,32 +17,35 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import ldlm
 from ldlm.checkpoints import (
+    DESCRIPTION,
     FORMAT,
-    check_description,
     check_weights,
     describe,
+    exported,
     make,
     pack_tokenizer,
     read_checkpoint,
+    read_export,
     read_json,
-    read_tokenizer,
     unpack_tokenizer,
 )
 from ldlm.files import sha256, write_atomically
 from ldlm.generation import Generation
-from ldlm.hub import local_folder, only_the_file
+from ldlm.hub import only_the_file
 from ldlm.restoring import CheckedStates
 from ldlm.resuming import record_run
 from ldlm.saving import CheckpointFiles, check_readable, is_remote, last_checkpoint, not_finite, prepare
 from ldlm.sizes import building_at_most, storage_numbers
 
 __all__ = ["Storage", "last_checkpoint"]
+
+WEIGHTS = "model.safetensors"  # of an export
 
 
 class Storage(Generation):
@@ -53,6 +58,7 @@ class Storage(Generation):
 
     averaged: dict[str, Tensor] | None
     raw: dict[str, Tensor] | None
+    _packed: tuple[PreTrainedTokenizerBase, dict[str, Tensor]] | None = None
 
     @property
     def kind(self) -> type:
@@ -97,6 +103,8 @@ class Storage(Generation):
             files.training = trainer.training
         if not trainer.training:
             return
+        self._packed = None
+        self._pack_tokenizer()  # needs a temporary folder, which a save during the run must not
         if names := not_finite(self.state_dict()):
             raise ValueError(
                 f"{names[0]} is not finite before training: give finite weights; a buffer that is to hold infinities "
@@ -139,12 +147,20 @@ class Storage(Generation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the model; put averaged parameters into ``state_dict`` and raw ones beside it."""
         checkpoint["ldlm"] = self.about_run()
-        if self.tokenizer is not None:
-            checkpoint["tokenizer"] = pack_tokenizer(self.tokenizer)
+        if (tokenizer := self._pack_tokenizer()) is not None:
+            checkpoint["tokenizer"] = tokenizer
         if self.averaged is not None and self.averages_stand():
             live = {name: checkpoint["state_dict"][name] for name in self.averaged} if self.raw is None else self.raw
             checkpoint["raw_parameters"] = live
             checkpoint["state_dict"] = checkpoint["state_dict"] | self.averaged
+
+    def _pack_tokenizer(self) -> dict[str, Tensor] | None:
+        """The tokenizer's files, made once a fit."""
+        if self.tokenizer is None:
+            return None
+        if self._packed is None or self._packed[0] is not self.tokenizer:
+            self._packed = self.tokenizer, pack_tokenizer(self.tokenizer)
+        return self._packed[1]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the raw parameters when training goes on; `callbacks.EMA` takes the averaged ones."""
@@ -181,18 +197,38 @@ class Storage(Generation):
         return cls._rebuilt(checkpoint["ldlm"], checkpoint["state_dict"], tokenizer, str(checkpoint_path), map_location)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors``, ``ldlm.json`` and the tokenizer's files into a folder."""
+        """Write ``model.safetensors``, ``ldlm.json`` and the tokenizer's files into a folder.
+
+        An earlier export there is replaced once the new one is on the disk, and its files that the new one has not are
+        removed. Other files stay.
+
+        Raises:
+            ValueError: If the folder holds a file that the export has too, and that no export wrote.
+            OSError: If the disk is full, or the folder cannot be written to.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        about = folder / "ldlm.json"
-        about.unlink(missing_ok=True)  # written last: without it the folder is no export
-        names = [] if self.tokenizer is None else self.tokenizer.save_pretrained(str(folder))
-        with write_atomically(folder / "model.safetensors") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in self.state_dict().items()}))
-        written = [folder / "model.safetensors", *map(Path, names)]
-        digests = {path.name: sha256(path) for path in written if path.is_file()}
-        with write_atomically(about) as file:
-            file.write((json.dumps(self.description() | {"sha256": digests}, indent=2) + "\n").encode())
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is no folder, and an export is one: give another name")
+        about = folder / DESCRIPTION
+        tokenizer = {} if self.tokenizer is None else pack_tokenizer(self.tokenizer)
+        files = {name: content.numpy().tobytes() for name, content in tokenizer.items()}
+        files[WEIGHTS] = save({name: tensor.contiguous() for name, tensor in self.state_dict().items()})
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        earlier = exported(read_json(about), str(folder)) if about.exists() else {}
+        for name in files.keys() - earlier.keys():
+            if (folder / name).exists():
+                raise ValueError(f"{folder}/{name} is no file of an earlier export, and stays: give another folder")
+        with ExitStack() as stack:
+            for name, content in files.items():
+                file = stack.enter_context(write_atomically(folder / name))
+                file.write(content)
+                file.flush()
+            # All is on the disk. Until each file has its place, the folder says which are an export's, and is none.
+            _write_json(about, {"sha256": earlier | digests})
+        for name in earlier.keys() - files.keys():
+            if (folder / name).is_file() and sha256(folder / name) == earlier[name]:
+                (folder / name).unlink()
+        _write_json(about, self.description() | {"sha256": digests})
 
     @classmethod
     def from_pretrained(
@@ -208,25 +244,15 @@ class Storage(Generation):
         Raises:
             ValueError: If there is no such folder or repository, or it holds something else.
         """
-        folder = local_folder(str(path_or_repo), revision, "*.json", "*.safetensors", "*.txt", "*.model")
-        if not (folder / "ldlm.json").is_file():
-            raise ValueError(
-                f"'{path_or_repo}' holds no ldlm.json: it is not an exported ldlm model, or its export was cut short"
-            )
-        about = check_description(read_json(folder / "ldlm.json"), f"{path_or_repo}")
+        source = str(path_or_repo)
+        about, files = read_export(source, revision)
         try:
-            state = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{folder}/model.safetensors could not be read ({error}): export the model again"
-            ) from error
-        digests = about.get("sha256", {})
-        for file in folder.iterdir():  # the folder's names and not the digests', which could lead anywhere
-            if isinstance(digests, dict) and file.name in digests and sha256(file) != digests[file.name]:
-                raise ValueError(f"{path_or_repo}/{file.name} was altered after the export: export the model again")
-        with_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = read_tokenizer(folder, str(path_or_repo)) if with_tokenizer else None
-        return cls._rebuilt(about, state, tokenizer, str(folder), map_location)
+            state = load(files.pop(WEIGHTS))
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(f"{source}/{WEIGHTS} could not be read ({error}): export the model again") from error
+        tensors = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in files.items()}
+        tokenizer = unpack_tokenizer(tensors, source) if files else None
+        return cls._rebuilt(about, state, tokenizer, source, map_location)
 
     @classmethod
     def _rebuilt(
@@ -253,3 +279,8 @@ class Storage(Generation):
         except RuntimeError as error:  # of a kind that cannot be copied, such as sparse ones
             raise ValueError(f"{source} holds tensors that no weights can be taken from ({error})") from error
         return model.to(device).eval()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with write_atomically(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ldlm.compiling import compile_blocks
-from ldlm.files import visible, write_atomically
+from ldlm.files import is_special, visible, write_atomically
 from ldlm.grids import AdaptedGrid, LogSNRGrid, MixedGrid, TimeGrid, UniformGrid
 from ldlm.module import LDLM
 from ldlm.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama, OnStep, Sampler
@@ -144,7 +144,11 @@ def check_output(output: str | None, option: str = "--output") -> None:
         return
     if Path(output).is_dir():
         raise ValueError(f"{option} {output} is a folder; give the name of a file in it")
-    there = next(folder for folder in Path(output).absolute().parents if folder.exists())
+    if is_special(output):
+        if not os.access(output, os.W_OK):
+            raise ValueError(f"{option} {output} cannot be written: there is no permission to; give another name")
+        return
+    there = next(folder for folder in Path(os.path.realpath(output)).parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "a folder without permission to write" if there.is_dir() else "a file"
         raise ValueError(f"{option} {output} cannot be written: {there} is {what}; give another name")

@@ -58,6 +58,7 @@ from ldlm.recipes import check
 from ldlm.resuming import begin_anew, left_by_another_job
 from ldlm.saving import last_checkpoint, last_of_run
 from ldlm.stages import FixedLatents, TokenDecoderStage
+from ldlm.texts import check_output
 from ldlm.watch import ReconstructionWriter
 
 ROOMS = (
@@ -126,9 +127,10 @@ class LDLMCLI(LightningCLI):
         self.checkpoint = checkpoint
         self.stage = stage
         self.stored: LDLM | None = None
-        self.tokenizer_folder = tempfile.TemporaryDirectory()
+        self.tokenizer_folder: tempfile.TemporaryDirectory[str] | None = None
         if checkpoint is not None:
             self.stored = LDLM.load_from_checkpoint(checkpoint)
+            self.tokenizer_folder = tempfile.TemporaryDirectory()
             if self.stored.tokenizer is not None:
                 self.stored.tokenizer.save_pretrained(self.tokenizer_folder.name)
         super().__init__(
@@ -167,7 +169,7 @@ class LDLMCLI(LightningCLI):
         """The options that several things share."""
         stored = self.stored
         length = stored.sequence_length if stored is not None else 128
-        tokenizer = self.tokenizer_folder.name if stored is not None else "gpt2"
+        tokenizer = self.tokenizer_folder.name if self.tokenizer_folder is not None else "gpt2"
         parser.add_argument("--sequence_length", type=int, default=length, help="tokens a row, for data and model")
         parser.add_argument("--tokenizer", type=str, default=tokenizer, help="hub id, folder or package:NAME/folder")
         parser.link_arguments("sequence_length", "data.sequence_length")
@@ -220,6 +222,7 @@ class LDLMCLI(LightningCLI):
         given = self.config[self.config.subcommand]
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if self.config.subcommand == "predict":
+            check_output(given.output)
             callbacks.append(ReconstructionWriter(given.output))
         if self.stage:
             self.model = self.config_init[self.config.subcommand].stage
@@ -305,7 +308,7 @@ def run(words: list[str], command: type[LDLMCLI] = LDLMCLI) -> LDLMCLI:
             checkpoint if named and not fitting else None,
             words[0] == "fit-decoder",
         )
-    except (MisconfigurationException, ValueError, OSError) as error:
+    except (MisconfigurationException, ValueError) as error:
         raise Fault(explain(str(error), [], CLASSES)) from error
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ldlm.callbacks import DiffusionToEncoderWarmup, as_ldlm
 from ldlm.figures import gamma_curve, loss_over_time
-from ldlm.files import visible, write_atomically
+from ldlm.files import is_special, visible, write_atomically
 from ldlm.module import LDLM
 
 CURVE_BINS = 20  # held-out rows are few: fewer bins than the timestep sampler's
@@ -202,7 +202,7 @@ class ReconstructionWriter(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file whole."""
         path = Path(self.path)
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not is_special(path):
             path = path.with_stem(f"{path.stem}-{trainer.global_rank}")
         with write_atomically(path) as file:
             file.write("".join(line + "\n" for line in self._lines).encode())

@@ -1,6 +1,12 @@
 """Hidden states read from a file against those computed, and files that must not be used or made."""
 
+import hashlib
 import json
+import os
+import random
+import re
+import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -50,7 +56,7 @@ def fit(folder: Path, encoder: TokenEncoder, *more: L.Callback, **changes) -> tu
 
 
 def states_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*-states-*"))
+    return sorted(path.name for path in folder.rglob("*-states-*.bin"))
 
 
 def test_a_run_on_stored_states_is_the_run_on_computed_ones_and_a_second_computes_none(tmp_path):
@@ -91,7 +97,7 @@ def test_the_states_of_a_pre_trained_encoder_in_bfloat16_are_stored_as_they_are(
     batch = data[[0, 1, 2, 3]]
     assert encoder.stored(batch).dtype == torch.bfloat16
     assert torch.equal(encoder.stored(batch), encoder.hidden_states(batch))
-    (file,) = tmp_path.rglob("*-states-*")
+    (file,) = tmp_path.rglob("*-states-*.bin")
     assert file.stat().st_size == len(data) * LENGTH * HIDDEN * 2
 
 
@@ -100,7 +106,7 @@ def test_bfloat16_halves_the_file_and_moves_the_losses_by_its_rounding(tmp_path)
     _, halved = fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates(dtype="bfloat16"))
     assert halved == pytest.approx(plain, rel=2**-8)
     assert halved != plain
-    small, large = sorted(path.stat().st_size for path in tmp_path.rglob("*-states-*"))
+    small, large = sorted(path.stat().st_size for path in tmp_path.rglob("*-states-*.bin"))
     assert 2 * small == large
 
 
@@ -154,10 +160,130 @@ def test_an_interrupted_file_is_no_file_and_a_damaged_one_is_refused(tmp_path, m
         fit(tmp_path, Failing(), CacheHiddenStates())
     assert states_in(tmp_path) == []
     fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates())
-    (file,) = tmp_path.rglob("*-states-*")
+    (file,) = tmp_path.rglob("*-states-*.bin")
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"bytes and not \d+: delete it"):
         fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates())
+
+
+def stored(folder: Path) -> Path:
+    fit(folder, FixedTokenEncoder(), CacheHiddenStates())
+    (file,) = folder.rglob("*-states-*.bin")
+    return file
+
+
+def test_a_hundred_flipped_bits_in_stored_states_are_all_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "TOKENS", 4 * LENGTH)  # several blocks
+    file = stored(tmp_path)
+    header = json.loads(file.with_suffix(".json").read_text())
+    rows = len(make_data(tmp_path).train_dataset)
+    block = 4 * LENGTH * HIDDEN * 4
+    whole = file.read_bytes()
+    wanted = [hashlib.sha256(whole[i : i + block]).hexdigest() for i in range(0, len(whole), block)]
+    assert header["blocks"] == wanted
+    assert len(wanted) == -(-rows // 4)
+    cache._verify(file, header["key"], len(whole), block, full=False)  # and this is noted
+    dice = random.Random(3)
+    for _ in range(100):
+        place = dice.randrange(len(whole))
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << dice.randrange(8)]) + whole[place + 1 :])
+        with pytest.raises(
+            ValueError, match=rf"was altered after it was written \(block {place // block} of.*made again"
+        ):
+            cache._verify(file, header["key"], len(whole), block, full=False)
+    with pytest.raises(ValueError, match="was altered"):
+        fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates())
+
+
+def test_what_was_altered_below_the_file_system_is_found_where_packed_files_are_verified_in_full(tmp_path, monkeypatch):
+    file = stored(tmp_path)
+    fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates())  # verified, and noted
+    note = json.loads(file.with_suffix(".verified").read_text())
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    there = file.stat()
+    now = [there.st_size, there.st_ino, there.st_mtime_ns, there.st_ctime_ns]
+    file.with_suffix(".verified").write_text(json.dumps([note[0], *now]))  # as if nothing had touched it
+    fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates())
+    model = make_model(token_encoder=FixedTokenEncoder())
+    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2), CacheHiddenStates()])
+    with pytest.raises(ValueError, match="was altered"):
+        trainer.fit(model, make_data(tmp_path, verify="full"))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"key": 1}', '{"key": "KEY"}', '{"key": "KEY", "blocks": []}']
+)
+def test_a_header_of_stored_states_that_is_not_whole_is_refused(tmp_path, content):
+    file = stored(tmp_path)
+    header = file.with_suffix(".json")
+    header.write_text(content.replace("KEY", json.loads(header.read_text())["key"]))
+    with pytest.raises(ValueError, match="is made again"):
+        fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates())
+
+
+def test_whole_states_of_another_encoder_under_this_ones_name_are_refused(tmp_path):
+    file = stored(tmp_path)
+    fit(tmp_path, FixedTokenEncoder(seed=1), CacheHiddenStates())
+    (other,) = (path for path in tmp_path.rglob("*-states-*.bin") if path != file)
+    for suffix in (".bin", ".json"):
+        shutil.copy(other.with_suffix(suffix), file.with_suffix(suffix))
+    with pytest.raises(ValueError, match="stands where other hidden states belong"):
+        fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates())
+
+
+def test_states_without_a_header_are_made_again(tmp_path):
+    fit(tmp_path, CountingTokenEncoder(), CacheHiddenStates())
+    (file,) = tmp_path.rglob("*-states-*.bin")
+    whole = file.read_bytes()
+    file.with_suffix(".json").unlink()
+    file.write_bytes(b"\0" * len(whole))  # as a power cut between the two may leave it
+    encoder = CountingTokenEncoder()
+    fit(tmp_path, encoder, CacheHiddenStates())
+    assert encoder.rows == len(make_data(tmp_path).train_dataset)
+    assert file.read_bytes() == whole
+
+
+def test_writing_states_sweeps_what_killed_writers_left_and_says_what_earlier_files_take(tmp_path, caplog):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    left, old = elsewhere / ".ldlm-123-0123456789ab.tmp", elsewhere / "old-train-1-states-2.bin"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with old.open("wb") as file:
+        file.truncate(3 * 10**9)  # a hole: it takes no room
+    said = r"\(hidden states of other runs take 3 GB there, in 1 files"
+    with pytest.raises(ValueError, match=rf"GB are free in .*elsewhere {said}"):
+        fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates(str(elsewhere), max_gb=1e-6))
+    with caplog.at_level("INFO"):
+        fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates(str(elsewhere)))
+    assert re.search(said, caplog.text)
+    assert not left.exists()
+    assert old.exists()  # somebody may still want it
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_states_are_written_ends_the_run_with_the_batch_and_leaves_no_file(
+    tmp_path, monkeypatch, signum
+):
+    class Told(CountingTokenEncoder):
+        def hidden_states(self, tokens):
+            if self.rows == 0:
+                os.kill(os.getpid(), signum)
+            return super().hidden_states(tokens)
+
+    monkeypatch.setattr(cache, "TOKENS", 4 * LENGTH)
+    encoder = Told()
+    before = [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGTERM, signal.SIGUSR1)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            fit(tmp_path, encoder, CacheHiddenStates())
+        assert stop.value.code == 143
+        assert signal.getsignal(signum) == signal.SIG_DFL
+    finally:
+        for s, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
+            signal.signal(s, handler)
+    assert encoder.rows == 4
+    assert [path for path in tmp_path.rglob("*") if "states" in path.name or path.suffix == ".tmp"] == []
 
 
 def test_a_checkpoint_says_nothing_of_stored_states(tmp_path):

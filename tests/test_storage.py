@@ -142,10 +142,10 @@ def test_a_folder_of_something_else_or_a_damaged_one_is_told(tmp_path):
     make_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors could not be read .*export the model again"):
+    with pytest.raises(ValueError, match=r"model\.safetensors was altered after the export: export the model again"):
         LDLM.from_pretrained(tmp_path)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors could not be read"):
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors, which belongs to the model"):
         LDLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model='nobody/nothing' is neither a folder here"):
         LDLM.from_pretrained("nobody/nothing")

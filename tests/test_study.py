@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -518,7 +519,8 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_an_interrupted_study_leaves_no_process_no_result_and_no_lock(hub):
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_study_leaves_no_process_no_result_and_no_lock(hub, signum, status):
     words = [sys.executable, "-c", INTERRUPTED, *STUDY, "--only", "a", "c", "d"]  # c and d both wait for one training
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE)
@@ -526,9 +528,9 @@ def test_an_interrupted_study_leaves_no_process_no_result_and_no_lock(hub):
     end = time.monotonic() + 60
     while not (pids.is_file() and len(pids.read_text().split()) == 2) and time.monotonic() < end:
         time.sleep(0.05)
-    running.terminate()
+    running.send_signal(signum)
     running.communicate(timeout=30)
-    assert running.returncode == 130
+    assert running.returncode == status
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) == 2  # a, and what c and d start from; nothing was started on the way out
     assert not any(alive(pid) for pid in started)

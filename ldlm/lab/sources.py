@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ldlm.corpus import SUFFIXES, has_known_suffix
-from ldlm.files import resolve, short
+from ldlm.files import is_special, resolve, short
 from ldlm.lab.evaluation import Texts, read_texts
 from ldlm.module import LDLM
 from ldlm.texts import check_output, load
@@ -29,7 +29,7 @@ def check_files(options: argparse.Namespace) -> None:
     taken |= {Path(resolve(name)).resolve() for name in (options.reference, options.training) if name}
     for option, name in (("--output", options.output), ("--report", options.report)):
         check_output(name, option)
-        if name and Path(name).resolve() in taken:
+        if name and Path(name).resolve() in taken and not is_special(name):
             raise ValueError(f"{option} {name} would replace another file of this command; give another name")
         if name:
             taken.add(Path(name).resolve())

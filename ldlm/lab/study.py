@@ -35,7 +35,7 @@ def run_study(options: argparse.Namespace) -> None:
     Raises:
         ValueError: If the study, a cell or a recipe does not exist, a finished cell was run with other settings, or a
             cell is being run by another process.
-        SystemExit: With status 1 if a cell failed, 130 if the study was interrupted.
+        SystemExit: With status 1 if a cell failed, 130 if the study was interrupted, 143 after SIGTERM.
     """
     console = Console(stderr=True, highlight=False)
 
@@ -74,7 +74,7 @@ def run_study(options: argparse.Namespace) -> None:
         tell(f"{title} failed: {reason}")
     tell(f"{len(results)} finished cells are in {output}/table.md")
     if failed or interrupted:
-        raise SystemExit(130 if interrupted else 1)
+        raise SystemExit(interrupted or 1)
 
 
 def check_instruments(scorer: str) -> None:
@@ -118,8 +118,8 @@ def make_slots(jobs: int | None, threads: int | None, tell: Any) -> list[Slot]:
     return [Slot(os.environ | {"OMP_NUM_THREADS": str(per_cell)}, tell, failed) for _ in range(count)]
 
 
-def run_all(cells: list[Cell], slots: list[Slot], locks: dict[str, int]) -> tuple[dict[str, str], bool]:
-    """Run cells on slots, their locks given by title; why those that failed did, and whether we were interrupted."""
+def run_all(cells: list[Cell], slots: list[Slot], locks: dict[str, int]) -> tuple[dict[str, str], int]:
+    """Run cells on slots, locks given by title; why those that failed did, and the status of an interrupt or 0."""
     free: Queue[Slot] = Queue()
     for slot in slots:
         free.put(slot)
@@ -131,7 +131,10 @@ def run_all(cells: list[Cell], slots: list[Slot], locks: dict[str, int]) -> tupl
         finally:
             free.put(slot)
 
+    numbers = [int(signal.SIGINT)]
+
     def interrupt(number: int, frame: Any) -> NoReturn:
+        numbers.append(number)
         raise KeyboardInterrupt
 
     failed: dict[str, str] = {}
@@ -148,7 +151,7 @@ def run_all(cells: list[Cell], slots: list[Slot], locks: dict[str, int]) -> tupl
         for slot in slots:
             slot.stop()
         executor.shutdown()
-        return failed, True  # finished cells are kept, and the same command goes on
+        return failed, 128 + numbers[-1]  # finished cells are kept, and the same command goes on
     finally:
         signal.signal(signal.SIGTERM, usual)
-    return failed, False
+    return failed, 0
