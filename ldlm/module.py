@@ -22,7 +22,7 @@ from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
 from ldlm.encoders import TokenEncoder
 from ldlm.grids import TimeGrid, UniformGrid
-from ldlm.guards import BadSteps, LatentWatch
+from ldlm.guards import BadSteps, LatentWatch, spread_over_rows
 from ldlm.latents import LatentDecoder, LatentEncoder, PerceiverResamplerDecoder, PerceiverResamplerEncoder
 from ldlm.noise import generator, share
 from ldlm.objective import MISSING_WARMUP, normal_like
@@ -229,6 +229,7 @@ class LDLM(Optimisation):
             loader: Iterable[Tensor] = self.trainer.train_dataloader or []
             self.token_encoder.fit_statistics(loader, self.statistics_rows)
             self.token_decoder.start(self.token_encoder)
+            self.check_finite()  # the embeddings from which it starts are the encoder's too
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One micro-step. All randomness is a function of (seed, step, micro-step, rank)."""
@@ -246,7 +247,7 @@ class LDLM(Optimisation):
             self.timesteps.observe(u, losses.rows)
         self.logged = {
             "train/loss": losses.total.detach(),
-            "train/latent_std": losses.z0.detach().std(dim=(0, 1)).mean(),
+            **spread_over_rows(losses.z0.detach()),
             **{f"train/{name}": loss for name, loss in self.switched_on(losses).items()},
         }
         self.log_dict(self.logged)

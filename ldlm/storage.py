@@ -71,15 +71,19 @@ class Storage(Generation):
             files.training = trainer.training
         if not trainer.training:
             return
+        self.check_finite()
+        for callback in trainer.checkpoint_callbacks:
+            folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+            if folder and trainer.is_global_zero and not is_remote(folder):
+                prepare(Path(folder))
+
+    def check_finite(self) -> None:
+        """Raise ValueError if a weight or a buffer could never be saved."""
         if names := not_finite(self.state_dict()):
             raise ValueError(
                 f"{names[0]} is not finite before training: give finite weights; a buffer that is to hold infinities "
                 "is registered with persistent=False"
             )
-        for callback in trainer.checkpoint_callbacks:
-            folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
-            if folder and trainer.is_global_zero and not is_remote(folder):
-                prepare(Path(folder))
 
     def on_fit_end(self) -> None:
         """Raise OSError if the last save failed: the run is not to end as if all were well."""
