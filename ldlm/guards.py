@@ -209,8 +209,8 @@ def diagnosis(
     """What is wrong with latents, in a few words, and what to do; None if nothing is known to be.
 
     Three bounds, none of them fitted. Of the 13 runs in ``docs/results/table1-laptop`` the two for a collapse name the
-    three in which latents collapsed, at steps 19, 219 and 519 of 1,600, and no other. Those runs recorded the standard
-    deviation over rows and positions together, which is the larger one: over rows alone they would be named no later.
+    three in which latents collapsed, at steps 19, 219 and 519 of 1,600, and no other. Those runs recorded the mean
+    standard deviation over rows and positions together, which is the larger quantity: see docs/decisions.md.
 
     Args:
         std: Standard deviation of a coordinate over rows.
