@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldlm.encoders import TokenEncoder
-from ldlm.layers import TransformerBlock, check_layers, initialise, sinusoids
+from ldlm.layers import TransformerBlock, check_layers, initialise, sinusoids, widened
 
 # Positions whose logits are held at once: 2,048 x 50,257 in float32 is 412 MB.
 CHUNK = 2048
@@ -69,13 +69,13 @@ class TokenDecoder(nn.Module, abc.ABC):
 
     def _nats(self, features: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy of one chunk, in float32."""
-        return F.cross_entropy(self.head(features).float(), targets, reduction="sum")
+        return F.cross_entropy(widened(self.head(features)), targets, reduction="sum")
 
     def nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Cross-entropy of each row summed over its tokens, float64 [b]; arguments as in `loss`, no gradient wanted."""
         features, targets = self.features(hidden).flatten(0, 1), tokens.flatten()
         pairs = zip(torch.split(features, CHUNK), torch.split(targets, CHUNK), strict=True)
-        nats = [F.cross_entropy(self.head(part).float(), target, reduction="none") for part, target in pairs]
+        nats = [F.cross_entropy(widened(self.head(part)), target, reduction="none") for part, target in pairs]
         return torch.cat(nats).double().view(tokens.shape).sum(1)
 
     def predict(self, hidden: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:

@@ -73,7 +73,8 @@ class TokenEncoder(nn.Module, abc.ABC):
             rows: Rows over all ranks.
 
         Raises:
-            ValueError: If there are no batches, or none has a row; nothing is changed then.
+            ValueError: If there are no batches, or none has a row, or a mean or a standard deviation is not finite;
+                nothing is changed then.
         """
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         sums = torch.zeros(2, self.hidden_size, dtype=torch.float64, device=self.mean.device)
@@ -93,8 +94,16 @@ class TokenEncoder(nn.Module, abc.ABC):
                 "deviation on, and nothing to train on: look at its data set, drop_last and limit_train_batches"
             )
         mean, square = totals[:-2].view(2, -1) / totals[-2]
+        std = (square - mean.square()).clamp(min=0).sqrt().clamp(min=MIN_STD)
+        bad = ~torch.stack([mean, std]).float().isfinite().all(0)
+        if bad.any():
+            raise ValueError(
+                f"{type(self).__name__} gives hidden states that are not finite, or too large for float32, in "
+                f"{int(bad.sum())} of {self.hidden_size} features, of which {int(bad.nonzero()[0])} is the first: no "
+                "statistics were set; look at the encoder's weights and at its dtype"
+            )
         self.mean.copy_(mean)
-        self.std.copy_((square - mean.square()).clamp(min=0).sqrt().clamp(min=MIN_STD))
+        self.std.copy_(std)
         self.statistics_rows.copy_(totals[-1])
 
     def _raw(self, tokens: Tensor) -> Tensor:

@@ -141,7 +141,9 @@ class BadSteps(L.Callback):
 class LatentWatch(L.Callback):
     """Warns, once each, of latents that collapse and of latents that explode.
 
-    ``train/latent_std`` is the deviation of a latent coordinate over rows and positions, averaged over coordinates.
+    ``train/latent_std`` is the standard deviation of a latent coordinate over the rows of a batch, at one position:
+    what is the same for every text says nothing about any of them, however much it varies over positions. Batches of
+    one row have none, and are not looked at.
 
     Args:
         every_n_steps: Optimizer steps between two looks.
@@ -172,6 +174,8 @@ class LatentWatch(L.Callback):
             if warning is not None and warning[0] not in self._warned:
                 self._warned.add(warning[0])
                 rank_zero_warn(f"step {trainer.global_step}: {warning[0]}: {warning[1]}")
+        if "train/latent_std" not in model.logged:
+            return
         # The cross-entropy as a share of guessing's.
         error = model.logged.get("train/token", model.gamma) / math.log(model.token_encoder.vocab_size)
         self._later.send(torch.stack([model.logged["train/latent_std"], model.gamma, error]))
@@ -189,6 +193,14 @@ class LatentWatch(L.Callback):
         )
 
 
+def spread_over_rows(z0: Tensor) -> dict[str, Tensor]:
+    """``train/latent_std`` of latents [b m d], the root mean square over positions and coordinates; none for one row.
+
+    The mean square and no other mean, because it bounds what a Gaussian channel of these coordinates can carry.
+    """
+    return {"train/latent_std": z0.var(dim=0).mean().sqrt()} if len(z0) > 1 else {}
+
+
 def diagnosis(
     std: float,
     gamma: float,
@@ -200,10 +212,11 @@ def diagnosis(
     """What is wrong with latents, in a few words, and what to do; None if nothing is known to be.
 
     Three bounds, none of them fitted. Of the 13 runs in ``docs/results/table1-laptop`` the two for a collapse name the
-    three in which latents collapsed, at steps 19, 219 and 519 of 1,600, and no other.
+    three in which latents collapsed, at steps 19, 219 and 519 of 1,600, and no other. Those runs recorded the mean
+    standard deviation over rows and positions together, which is the larger quantity: see docs/decisions.md.
 
     Args:
-        std: Deviation of a coordinate.
+        std: Standard deviation of a coordinate over rows.
         gamma: Share of the diffusion gradient that reaches the encoder; the second bound waits for the end of the
             warm-up, since latents start small.
         error: Cross-entropy over that of guessing, ln V; None where there is none.

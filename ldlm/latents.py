@@ -12,7 +12,7 @@ import abc
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldlm.layers import Resampler, Transformer
+from ldlm.layers import Resampler, Transformer, widened
 
 
 class LatentCoder(nn.Module, abc.ABC):
@@ -87,7 +87,7 @@ class PerceiverResamplerEncoder(LatentEncoder):
     def forward(self, hidden: Tensor) -> Tensor:
         """[b n h] -> z0 [b m d]."""
         out: Tensor = self.resampler(hidden)
-        return F.rms_norm(out.float(), (self.latent_size,)) if self.unit_variance else out
+        return F.rms_norm(widened(out), (self.latent_size,)) if self.unit_variance else out
 
 
 class PerceiverResamplerDecoder(LatentDecoder):

@@ -46,11 +46,18 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def widened(x: Tensor) -> Tensor:
+    """A tensor in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def sinusoids(positions: Tensor, width: int, period: float = 10_000.0) -> Tensor:
-    """Sines and cosines of ``positions`` [...] at ``width``/2 geometric frequencies, as [... width] (float32)."""
+    """Sines and cosines of ``positions`` [...] at ``width``/2 geometric frequencies: [... width], float32 or wider."""
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=positions.device) * (-math.log(period) / half))
-    angles = positions.float().unsqueeze(-1) * frequencies
+    angles = widened(positions).unsqueeze(-1)
+    angles = angles * torch.exp(
+        torch.arange(half, device=angles.device, dtype=angles.dtype) * (-math.log(period) / half)
+    )
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width - 2 * half))
 
 
@@ -62,7 +69,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
         # The CPU kernel's backward pass is slower in bfloat16 than in float32 (docs/decisions.md), and
         # autocast would cast back.
         with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(queries.dtype)
+            out = F.scaled_dot_product_attention(widened(q), widened(k), widened(v)).to(queries.dtype)
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return rearrange(out, "b heads n e -> b n (heads e)")
@@ -248,7 +255,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Schedule times t [b] in [0, 1] -> [b d]."""
-        waves = sinusoids(1000 * t.float(), self.frequencies)
+        waves = sinusoids(1000 * widened(t), self.frequencies)
         out: Tensor = self.mlp(waves.to(dtype_of(self.mlp, waves.dtype)))
         return out
 

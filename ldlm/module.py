@@ -34,7 +34,7 @@ from ldlm.decoders import TokenDecoder, TransformerTokenDecoder
 from ldlm.denoiser import Denoiser, DiT
 from ldlm.encoders import TokenEncoder
 from ldlm.grids import TimeGrid, UniformGrid
-from ldlm.guards import BadSteps, LatentWatch
+from ldlm.guards import BadSteps, LatentWatch, spread_over_rows
 from ldlm.latents import LatentDecoder, LatentEncoder, PerceiverResamplerDecoder, PerceiverResamplerEncoder
 from ldlm.noise import RowNoise, generator
 from ldlm.objective import MISSING_WARMUP, normal_like
@@ -279,6 +279,7 @@ class LDLM(Optimisation):
                 rows = -(-rows // data.batch_size) * data.batch_size
             self.token_encoder.fit_statistics(batches, rows)
             self.token_decoder.start(self.token_encoder)
+            self.check_finite()  # the embeddings from which it starts are the encoder's too
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Tensor:
         """A loader's batch -> its token ids, int64 [b n], which all steps and callbacks are given; see `tokens_of`.
@@ -309,7 +310,7 @@ class LDLM(Optimisation):
             self.timesteps.observe(u, losses.rows)
         self.logged = {
             "train/loss": losses.total.detach(),
-            "train/latent_std": losses.z0.detach().std(dim=(0, 1)).mean(),
+            **spread_over_rows(losses.z0.detach()),
             **{f"train/{name}": loss for name, loss in self.switched_on(losses).items()},
         }
         self.log_dict(self.logged)

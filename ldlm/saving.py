@@ -33,11 +33,16 @@ from ldlm.sizes import check_storages
 
 LOOKS = 20  # at a file that another process replaces while it is read
 
+WEIGHTS = ("state_dict", "raw_parameters")  # neither is in what a spawned process hands back
+# What a run would resume with. MixedPrecision is Lightning's name for the state of the loss scaler. Callbacks are left
+# out: a ModelCheckpoint that has saved nothing yet has an infinite score.
+STATES = (*WEIGHTS, "optimizer_states", "lr_schedulers", "MixedPrecision")
+
 
 class CheckpointFiles(TorchCheckpointIO):
     """Reads and writes a Trainer's checkpoints; every `LDLM` puts it in the place of Lightning's own.
 
-    A save that fails is warned of and leaves the older file in place: if the disk is full, a weight is not finite, or
+    A save that fails is warned of and leaves the older file in place: if the disk is full, a state is not finite, or
     somebody's callback keeps what reading would refuse. Files that were to make room for it stay until a later save
     succeeds.
 
@@ -60,9 +65,10 @@ class CheckpointFiles(TorchCheckpointIO):
             OSError: If this is the last of ``tries`` saves in a row that failed, or fails when training is over.
         """
         try:
-            for weights in ("state_dict", "raw_parameters"):  # neither is in what a spawned process hands back
-                if names := not_finite(checkpoint.get(weights, {})):
-                    raise FloatingPointError(f"{names[0]} is not finite")
+            for part in STATES:
+                if names := not_finite(checkpoint.get(part, {})):
+                    name = names[0] if part in WEIGHTS else f"{part}.{names[0]}"
+                    raise FloatingPointError(f"{name} is not finite")
             check_readable(checkpoint)
             if is_remote(path):
                 super().save_checkpoint(checkpoint, path, storage_options)
@@ -112,10 +118,18 @@ def remove(path: str) -> None:
         digest_file(Path(path)).unlink(missing_ok=True)
 
 
-def not_finite(state: dict[str, Any]) -> list[str]:
-    """The names of floating-point tensors that hold an infinity, or no number at all."""
-    floats = {name: value for name, value in state.items() if torch.is_tensor(value) and value.is_floating_point()}
-    return [name for name, value in floats.items() if not bool(value.isfinite().all())]
+def not_finite(state: object) -> list[str]:
+    """The names of numbers and floating-point tensors in nested containers that are infinite, or no number at all."""
+    if torch.is_tensor(state):
+        return [""] if state.is_floating_point() and not bool(state.isfinite().all()) else []
+    if isinstance(state, float):
+        return [""] if not math.isfinite(state) else []
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(state, dict):
+        items = state.items()
+    elif isinstance(state, list | tuple):
+        items = enumerate(state)
+    return [f"{name}.{found}".rstrip(".") for name, value in items for found in not_finite(value)]
 
 
 def check_readable(checkpoint: dict[str, Any]) -> None:

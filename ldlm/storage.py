@@ -105,15 +105,19 @@ class Storage(Generation):
             return
         self._packed = None
         self._pack_tokenizer()  # needs a temporary folder, which a save during the run must not
+        self.check_finite()
+        for callback in trainer.checkpoint_callbacks:
+            folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+            if folder and trainer.is_global_zero and not is_remote(folder):
+                prepare(Path(folder))
+
+    def check_finite(self) -> None:
+        """Raise ValueError if a weight or a buffer could never be saved."""
         if names := not_finite(self.state_dict()):
             raise ValueError(
                 f"{names[0]} is not finite before training: give finite weights; a buffer that is to hold infinities "
                 "is registered with persistent=False"
             )
-        for callback in trainer.checkpoint_callbacks:
-            folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
-            if folder and trainer.is_global_zero and not is_remote(folder):
-                prepare(Path(folder))
 
     def on_train_start(self) -> None:
         """Refuse now what no checkpoint could be read with, be it a callback's state: there is nothing to lose yet."""

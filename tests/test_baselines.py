@@ -78,8 +78,9 @@ def likely(counts: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def test_the_blocks_are_driven_as_the_denoiser_drives_them():
-    backbone, x, t = make(), torch.randn(2, N, WIDTH, generator=generator()), torch.tensor([0.3])
+    backbone, t = make().double(), torch.tensor([0.3], dtype=torch.float64)
     dit, eye = backbone.dit, torch.eye(WIDTH)
+    x = torch.randn(2, N, WIDTH, generator=generator(), dtype=torch.float64)
     with torch.no_grad():  # its first layer passes z_t on, its last everything
         dit.input.weight.copy_(torch.cat([eye, 0 * eye], dim=1))
         dit.output.weight.copy_(eye)
@@ -92,7 +93,7 @@ def test_the_blocks_are_driven_as_the_denoiser_drives_them():
 
 def test_modulations_made_in_chunks_are_those_of_each_time(monkeypatch):
     monkeypatch.setattr(baselines, "TIMES", 3)
-    backbone, times = make(), torch.linspace(0, 1, 7)
+    backbone, times = make().double(), torch.linspace(0, 1, 7, dtype=torch.float64)
     along = list(backbone.along(times))
     assert len(along) == 7
     for t, modulations in zip(times, along, strict=True):
@@ -100,7 +101,7 @@ def test_modulations_made_in_chunks_are_those_of_each_time(monkeypatch):
 
 
 def test_a_one_hot_point_is_embedded_as_its_token():
-    backbone, tokens = make(), torch.randint(V, (3, N), generator=generator())
+    backbone, tokens = make().double(), torch.randint(V, (3, N), generator=generator())
     torch.testing.assert_close(backbone.embed_points(F.one_hot(tokens, V)), backbone.embed(tokens))
 
 

@@ -56,7 +56,7 @@ EVERY_PART = [
     (TangentSchedule, {"d": 2.5}),
     (CosineSchedule, {}),
     (UniformTimesteps, {}),
-    (AdaptiveTimesteps, {"bins": 7, "rho": 0.5, "floor": 0.01}),
+    (AdaptiveTimesteps, {"bins": 7, "memory": 50, "floor": 0.01}),
     (EulerMaruyama, {"beta_t_max": 0.8}),
     (Ancestral, {}),
     (DDIM, {"eta": 0.5}),

@@ -18,12 +18,12 @@ H, V, N = 16, 40, 8
 def make(kind: str, **changes) -> TokenDecoder:
     torch.manual_seed(0)
     if kind == "linear":
-        return LinearTokenDecoder(H, V, **changes)
-    return TransformerTokenDecoder(H, V, layers=1, heads=2, **changes)
+        return LinearTokenDecoder(H, V, **changes).double()
+    return TransformerTokenDecoder(H, V, layers=1, heads=2, **changes).double()
 
 
 def hidden_states(count: int = 6) -> Tensor:
-    return torch.randn(count, N, H, generator=generator()).requires_grad_()
+    return torch.randn(count, N, H, generator=generator(), dtype=torch.float64).requires_grad_()
 
 
 def most_rows_of_logits(decoder: TokenDecoder) -> list[int]:
@@ -49,9 +49,9 @@ def test_loss_and_gradients_in_chunks_are_those_of_plain_cross_entropy(monkeypat
     loss = decoder.loss(hidden, tokens, positions)
     got = torch.autograd.grad(loss, leaves)
 
-    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert max(seen) <= chunk
     passes = 2 if len(chosen) > chunk else 1  # each chunk's logits are made again for the backward pass
     assert sum(seen) == passes * len(chosen)
@@ -72,7 +72,7 @@ def test_no_chunks_logits_are_kept_for_the_backward_pass(monkeypatch, chunk, kep
 
 
 def test_under_bfloat16_the_loss_is_float32_and_not_rounded_to_bfloat16(monkeypatch):
-    decoder, hidden, tokens = make("linear"), hidden_states(), rows(6)
+    decoder, hidden, tokens = make("linear").float(), hidden_states().float(), rows(6)
     losses = []
     for chunk in (7, 2048):
         monkeypatch.setattr(decoders, "CHUNK", chunk)
@@ -109,7 +109,7 @@ def test_draws_at_a_temperature_follow_the_softmax(monkeypatch, temperature):
     decoder = make("linear")
     with torch.no_grad():
         decoder.head.weight.mul_(3)
-    hidden = torch.randn(H, generator=generator(4)).expand(2500, N, H)
+    hidden = torch.randn(H, generator=generator(4), dtype=torch.float64).expand(2500, N, H)
     drawn = decoder.predict(hidden, temperature, generator(2))
     counts = torch.bincount(drawn.flatten(), minlength=V).double().numpy()
     expected = 2500 * N * F.softmax(decoder(hidden[:1, :1]).double().flatten() / temperature, -1).detach().numpy()
@@ -123,11 +123,12 @@ def test_draws_at_a_temperature_follow_the_softmax(monkeypatch, temperature):
 def test_a_start_from_embeddings_reads_them_on_hidden_states_that_are_normalised_no_more():
     encoder = FixedTokenEncoder()
     encoder.fit_statistics([rows(20)], 20)
-    decoder = make("linear", from_embeddings=True)
+    decoder = make("linear", from_embeddings=True).float()
     decoder.start(encoder)
-    tokens = rows(2)
-    raw = encoder.hidden_states(tokens)
-    torch.testing.assert_close(decoder(encoder(tokens)), raw @ encoder.table.T, rtol=1e-4, atol=1e-3)
+    decoder.double()  # from here on; what it starts from are float32 parameters
+    tokens, table = rows(2), encoder.table.double()
+    hidden = (table[tokens] - encoder.mean) / encoder.std
+    torch.testing.assert_close(decoder(hidden), table[tokens] @ table.T, rtol=1e-5, atol=1e-4)
 
 
 def test_without_being_asked_a_start_changes_nothing():

@@ -13,7 +13,7 @@ D, M, WIDTH = 6, 5, 12
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed))
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def make(shake: float = 0.3, layers: int = 2) -> DiT:
@@ -22,7 +22,7 @@ def make(shake: float = 0.3, layers: int = 2) -> DiT:
     with torch.no_grad():
         for parameter in dit.parameters():
             parameter.add_(shake * torch.randn_like(parameter))
-    return dit
+    return dit.double()
 
 
 def test_the_papers_denoiser_has_131_to_132_million_parameters():
@@ -38,7 +38,7 @@ def test_the_papers_denoiser_has_131_to_132_million_parameters():
 
 def test_at_the_start_the_prediction_is_0_and_every_block_the_identity():
     torch.manual_seed(0)
-    dit = DiT(D, M, WIDTH, layers=3, heads=3)
+    dit = DiT(D, M, WIDTH, layers=3, heads=3).double()
     z_t, t = normal(4, M, D), torch.tensor([0.0, 0.3, 0.9, 1.0])
     assert not dit(z_t, t, normal(4, M, D, seed=1)).any()
     x = normal(4, M, WIDTH)
@@ -49,17 +49,19 @@ def test_at_the_start_the_prediction_is_0_and_every_block_the_identity():
 
 def test_at_the_start_the_last_layer_alone_learns():
     torch.manual_seed(0)
-    dit = DiT(D, M, WIDTH, layers=1, heads=3)
+    dit = DiT(D, M, WIDTH, layers=1, heads=3).double()
     z_t, condition = normal(4, M, D), normal(4, M, D, seed=1)
     (1 - dit(z_t, torch.rand(4, generator=generator()), condition)).square().mean().backward()
     x = F.layer_norm(dit.input(torch.cat([z_t, condition], -1)) + dit.positions, (WIDTH,))
-    torch.testing.assert_close(dit.output.bias.grad, torch.full((D,), -2 / D))
-    torch.testing.assert_close(dit.output.weight.grad, (-2 / D * x.mean((0, 1))).expand(D, WIDTH), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dit.output.bias.grad, torch.full((D,), -2 / D, dtype=torch.float64))
+    torch.testing.assert_close(
+        dit.output.weight.grad, (-2 / D * x.mean((0, 1))).expand(D, WIDTH), rtol=1e-12, atol=1e-12
+    )
     assert not any(p.grad.any() for name, p in dit.named_parameters() if not name.startswith("output"))
 
 
 def test_the_forward_pass_is_the_one_written_out():
-    dit, t = make(), torch.tensor([0.1, 0.8])
+    dit, t = make(), torch.tensor([0.1, 0.8], dtype=torch.float64)
     z_t, condition = normal(2, M, D), normal(2, M, D, seed=1)
     angles = torch.stack([1000 * t * 10_000 ** (-i / 128) for i in range(128)], 1)
     time = dit.time.mlp(torch.cat([angles.sin(), angles.cos()], 1))
@@ -70,7 +72,7 @@ def test_the_forward_pass_is_the_one_written_out():
     shift, scale = (silu @ dit.final_modulator.weight.T + dit.final_modulator.bias).split(WIDTH, -1)
     normed = F.layer_norm(x, (WIDTH,)) * (1 + scale[:, None]) + shift[:, None]
     want = normed @ dit.output.weight.T + dit.output.bias
-    torch.testing.assert_close(dit(z_t, t, condition), want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dit(z_t, t, condition), want, rtol=1e-10, atol=1e-10)
 
 
 def test_denoising_with_modulations_computed_before_is_the_forward_pass():
@@ -79,7 +81,7 @@ def test_denoising_with_modulations_computed_before_is_the_forward_pass():
     assert torch.equal(dit.denoise(z_t, condition, dit.modulations(t)), dit(z_t, t, condition))
     one = torch.tensor([0.5])  # one time for all rows, as while sampling
     torch.testing.assert_close(
-        dit.denoise(z_t, condition, dit.modulations(one)), dit(z_t, one.expand(3), condition), rtol=1e-5, atol=1e-5
+        dit.denoise(z_t, condition, dit.modulations(one)), dit(z_t, one.expand(3), condition), rtol=1e-12, atol=1e-12
     )
 
 
@@ -87,12 +89,12 @@ def test_denoising_with_modulations_computed_before_is_the_forward_pass():
 def test_the_table_of_modulations_gives_the_forward_pass_at_every_time(at_once, monkeypatch):
     monkeypatch.setattr(denoiser, "TIMES", at_once)
     dit, z_t, condition = make(), normal(3, M, D), normal(3, M, D, seed=1)
-    times = torch.linspace(1, 0.01, 7)
+    times = torch.linspace(1, 0.01, 7, dtype=torch.float64)
     calls = list(dit.along(times))
     assert len(calls) == 7
     for t, call in zip(times, calls, strict=True):
         want = dit(z_t, t.expand(3), condition)
-        assert ((call(z_t, condition) - want).norm() / want.norm()).item() < 1e-5
+        assert ((call(z_t, condition) - want).norm() / want.norm()).item() < 1e-12
 
 
 def test_modulations_are_computed_once_for_all_times_and_of_one_row_each(monkeypatch):

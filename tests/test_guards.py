@@ -12,13 +12,15 @@ import torch
 from faults import Poison
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from tiny import make_data, make_model, make_trainer, rows
+from tiny import HIDDEN, LATENT, LENGTH, generator, make_data, make_model, make_trainer, rows
+from torch import Tensor
 from torch.utils.data import DataLoader
 from waits import Waits
 
 from ldlm import noise
 from ldlm.callbacks import EMA, AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
-from ldlm.guards import BadSteps, LatentWatch, Later, diagnosis
+from ldlm.guards import BadSteps, LatentWatch, Later, diagnosis, spread_over_rows
+from ldlm.latents import LatentEncoder
 from ldlm.rows import ShuffledOrder
 from ldlm.schedules import TangentSchedule
 from ldlm.signals import StopOnSignal
@@ -288,10 +290,49 @@ def test_latents_that_collapse_or_explode_are_warned_about_once_with_a_remedy(tm
     assert "learning rate" in said[0]
 
 
+class SameForEveryText(LatentEncoder):
+    """Answers with its queries, whatever it is given."""
+
+    def __init__(self, hidden_size: int, latent_size: int, num_latents: int) -> None:
+        super().__init__(hidden_size, latent_size, num_latents)
+        self.queries = torch.nn.Parameter(torch.randn(num_latents, latent_size, generator=generator()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.queries + 0 * hidden.mean(dim=(1, 2), keepdim=True)
+
+
+def test_latents_that_are_the_same_for_every_text_have_collapsed(tmp_path):
+    model = make_model(latent_encoder=SameForEveryText(HIDDEN, LATENT, LENGTH))
+    assert model.latent_encoder(torch.zeros(3, LENGTH, 1)).std(dim=(0, 1)).mean() > 0.5  # over rows and positions
+    with pytest.warns(UserWarning, match=r"^step 2: the latents have collapsed: their deviation 0 lies below"):
+        make_trainer(tmp_path, recipe(LatentWatch(1)), max_steps=3).fit(model, make_data(tmp_path))
+
+
+def test_the_spread_of_latents_is_the_root_mean_square_of_numpys_over_rows_and_none_of_one_row():
+    z0 = torch.randn(5, LENGTH, LATENT, generator=generator(), dtype=torch.float64)
+    want = math.sqrt((z0.numpy().std(axis=0, ddof=1) ** 2).mean())
+    assert spread_over_rows(z0 + 7 * torch.arange(LENGTH)[:, None])["train/latent_std"].item() == pytest.approx(want)
+    assert spread_over_rows(z0[:1]) == {}
+
+
+def test_batches_of_one_row_are_trained_on_and_not_watched(tmp_path):
+    model = make_model()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*latents.*")
+        trainer = make_trainer(tmp_path, recipe(LatentWatch(1)), max_steps=4)
+        trainer.fit(model, make_data(tmp_path, batch_size=1))
+    assert trainer.global_step == 4
+    assert "train/loss" in model.logged
+    assert "train/latent_std" not in model.logged
+
+
 def test_ordinary_latents_are_not_warned_about(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*latents.*")
-        make_trainer(tmp_path, recipe(LatentWatch(1)), max_steps=6).fit(make_model(), make_data(tmp_path))
+        model = make_model()
+        with torch.no_grad():
+            model.latent_encoder.resampler.out.weight.mul_(4)  # as far apart as those of a trained model
+        make_trainer(tmp_path, recipe(LatentWatch(1)), max_steps=6).fit(model, make_data(tmp_path))
 
 
 @pytest.mark.parametrize(

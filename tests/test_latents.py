@@ -27,7 +27,7 @@ def count(module: nn.Module) -> int:
 def inputs(part: nn.Module, rows: int = 2) -> torch.Tensor:
     of_tokens = isinstance(part, LatentEncoder)
     shape = (rows, 8, part.hidden_size) if of_tokens else (rows, part.num_latents, part.latent_size)
-    return torch.randn(shape, generator=generator())
+    return torch.randn(shape, generator=generator(), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", [PerceiverResamplerEncoder, PerceiverResamplerDecoder])
@@ -42,20 +42,20 @@ def test_the_papers_latent_coders_have_about_50_million_parameters(kind):
 @pytest.mark.parametrize("kind", TRAINABLE)
 def test_the_output_is_linear_in_the_last_layer_so_that_its_scale_is_free(kind):
     torch.manual_seed(0)
-    part = kind(**SIZES)
+    part = kind(**SIZES).double()
     last = [module for module in part.modules() if isinstance(module, nn.Linear)][-1]
     x = inputs(part)
     before = part(x)
     with torch.no_grad():
         last.weight.mul_(50)
         last.bias.mul_(50)
-    torch.testing.assert_close(part(x), 50 * before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part(x), 50 * before, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", TRAINABLE)
 def test_every_output_reads_every_input_and_rows_do_not_meet(kind):
     torch.manual_seed(0)
-    part = kind(**SIZES)
+    part = kind(**SIZES).double()
     x = inputs(part).requires_grad_()
     out = part(x)
     for position in range(out.shape[1]):
@@ -67,7 +67,7 @@ def test_every_output_reads_every_input_and_rows_do_not_meet(kind):
 @pytest.mark.parametrize("kind", TRAINABLE)
 def test_the_order_of_the_inputs_matters(kind):
     torch.manual_seed(0)
-    part = kind(**SIZES)
+    part = kind(**SIZES).double()
     x = inputs(part)
     assert not torch.allclose(part(x.roll(1, 1)), part(x), atol=1e-2)
     assert not torch.allclose(part(x.roll(1, 1)), part(x).roll(1, 1), atol=1e-2)
@@ -76,8 +76,8 @@ def test_the_order_of_the_inputs_matters(kind):
 @pytest.mark.parametrize(("num_latents", "m"), [(None, 8), (3, 3), (16, 16)])
 def test_the_number_of_latents_is_free_and_one_a_token_by_default(num_latents, m):
     torch.manual_seed(0)
-    encoder = PerceiverResamplerEncoder(**SIZES, num_latents=num_latents)
-    decoder = PerceiverResamplerDecoder(**SIZES, num_latents=num_latents)
+    encoder = PerceiverResamplerEncoder(**SIZES, num_latents=num_latents).double()
+    decoder = PerceiverResamplerDecoder(**SIZES, num_latents=num_latents).double()
     assert encoder.num_latents == decoder.num_latents == m
     z0 = encoder(inputs(encoder))
     assert z0.shape == (2, m, 6)
@@ -86,16 +86,16 @@ def test_the_number_of_latents_is_free_and_one_a_token_by_default(num_latents, m
 
 def test_unit_variance_gives_every_latent_vector_mean_square_1_and_keeps_its_direction():
     torch.manual_seed(0)
-    free = PerceiverResamplerEncoder(**SIZES)
+    free = PerceiverResamplerEncoder(**SIZES).double()
     with torch.no_grad():
         list(free.parameters())[-1].add_(torch.randn(6))
-    unit = PerceiverResamplerEncoder(**SIZES, unit_variance=True)
+    unit = PerceiverResamplerEncoder(**SIZES, unit_variance=True).double()
     unit.load_state_dict(free.state_dict())  # it has no parameters of its own
     x = inputs(free)
     z0, z1 = free(x), unit(x)
-    torch.testing.assert_close(z1.square().mean(-1), torch.ones(2, 8), rtol=1e-5, atol=0)
-    torch.testing.assert_close(z1, z0 / z0.square().mean(-1, keepdim=True).sqrt(), rtol=1e-4, atol=1e-5)
-    assert unit(x.bfloat16().float()).dtype == torch.float32
+    torch.testing.assert_close(z1.square().mean(-1), torch.ones(2, 8, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(z1, z0 / z0.square().mean(-1, keepdim=True).sqrt(), rtol=1e-9, atol=0)
+    assert unit.bfloat16()(x.bfloat16()).dtype == torch.float32
 
 
 def test_the_identity_pair_changes_nothing_and_learns_nothing():

@@ -266,10 +266,10 @@ def test_the_state_stays_in_float32_under_a_bfloat16_denoiser():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_denoiser_with_its_times_known_before_samples_what_the_plain_function_samples(sampler):
     torch.manual_seed(0)
-    dit = DiT(4, 3, 8, layers=2, heads=2)
+    dit = DiT(4, 3, 8, layers=2, heads=2).double()
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    noise = torch.randn(2, 3, 4)
+    noise = torch.randn(2, 3, 4, dtype=torch.float64)
     fast, plain = (
         sampler.sample(denoise, SCHEDULE, noise, 9, generator(3), UniformGrid()) for denoise in (dit, dit.forward)
     )

@@ -315,7 +315,7 @@ class HasItsOwnDice(UniformTimesteps):
 
 class Forgets(AdaptiveTimesteps):
     def state_dict(self, *args, **kwargs):
-        return AdaptiveTimesteps(self.bins, self.rho, self.floor).state_dict(*args, **kwargs)
+        return AdaptiveTimesteps(self.bins, self.memory, self.floor).state_dict(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
