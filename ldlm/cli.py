@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -173,7 +172,7 @@ def import_modules(words: list[str]) -> list[str]:
     return rest
 
 
-class NamedModules(MetaPathFinder):
+class NamedModules:
     """Finds modules in the current folder, if the user has named them and they are nowhere else.
 
     A user's ``my_encoder.py`` is there. So may be, in a folder that was downloaded, a module of any name that some

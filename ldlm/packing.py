@@ -30,8 +30,8 @@ FORMAT_VERSION = 1
 BLOCK_BYTES = 64 * 2**20  # one digest per block: an altered file is found, and found where
 BATCH_CHARACTERS = 2**20  # enough to keep a fast tokenizer's threads busy, little enough for any memory
 PARTS = ("train", "validation")
-# Shares of unknown tokens. In its own language a subword vocabulary stays under .01; one of 10,000 whole words reaches
-# .05 to .15; text in another script gives .4 and more, since a run of unknown characters can be a single token.
+# Shares of unknown tokens. In its own language a subword vocabulary stays under .01, one of 10,000 whole words under
+# .03; text in another script gives .4 and more, since a run of unknown characters can be a single token.
 MUCH_UNKNOWN, MOST_UNKNOWN = 0.01, 0.25
 LOST = -1  # in the place of text that a tokenizer drops
 ODD = "\ufdd0"  # a noncharacter: Unicode promises that no text holds it

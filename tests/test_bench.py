@@ -271,7 +271,7 @@ def test_the_trainer_and_the_bare_loop_take_turns_at_the_same_work(tmp_path, acc
     of, settings = found["measures"], found["settings"]
     assert trainer.global_step == WARMUP + 2 * 3
     assert len(counted.flops) == accumulated * trainer.global_step
-    observed = 2 * 4 * 2 * 101  # the Trainer also tells the timesteps: 4 losses and their weights, at 101 edges
+    observed = 2 * 4 * 3 * 101  # the Trainer also tells the timesteps: 4 losses, weights and squares, at 101 edges
     assert {*counted.flops} == {of["flops_per_token"] * 4 * LENGTH + observed}
     assert settings["calls_per_step"] == accumulated
     steps = [ms / 1e3 for ms in of["step_ms"]["all"]]

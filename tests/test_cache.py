@@ -254,7 +254,7 @@ def test_writing_states_sweeps_what_killed_writers_left_and_says_what_earlier_fi
     said = r"\(hidden states of other runs take 3 GB there, in 1 files"
     with pytest.raises(ValueError, match=rf"GB are free in .*elsewhere {said}"):
         fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates(str(elsewhere), max_gb=1e-6))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch"):
         fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates(str(elsewhere)))
     assert re.search(said, caplog.text)
     assert not left.exists()

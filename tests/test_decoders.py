@@ -173,7 +173,7 @@ def test_positions_alone_let_a_transformer_decoder_use_the_order_of_tokens_and_c
 def test_on_static_embeddings_a_token_is_learnt_from_its_place_only_with_positions():
     # Every row holds one embedding N times: what belongs where is in the positions or nowhere.
     torch.manual_seed(0)
-    hidden, tokens = torch.randn(1, 1, H).expand(4, N, H), torch.arange(N).expand(4, N)
+    hidden, tokens = torch.randn(1, 1, H).double().expand(4, N, H), torch.arange(N).expand(4, N)
     nats = []
     for positions in (False, True):
         decoder = make("transformer", learned_positions=positions, sequence_length=N)

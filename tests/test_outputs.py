@@ -40,7 +40,7 @@ def texts(path: Path) -> None:
 
 
 def page(path: Path) -> None:
-    frame = Frame(call=1, t=1.0, tokens=[Token(text="word1", changed=1, special=False)], final=1)
+    frame = Frame(call=1, t=1.0, tokens=[Token(text="word1", changed=1, special=False)], final=1, text="word1")
     write_trace(path, Trace(nfe=1, frames=[frame]), "a model")
 
 

@@ -26,7 +26,9 @@ import yaml
 from command import complaint
 from test_cli import RECIPE
 from tiny import make_home, make_model, make_tokenizer, make_trainer
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ldlm import cli
 from ldlm.checkpoints import build, pack_tokenizer, read_checkpoint, unpack_tokenizer
@@ -73,6 +75,14 @@ def stream(path: Path) -> list[int]:
     return np.fromfile(path, dtype=np.dtype(header["made_from"]["dtype"]).newbyteorder("<")).tolist()
 
 
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, none of them unknown."""
+    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    model = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+
+
 def alone(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     """What makes ids of one text, by the tokenizers library itself."""
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
@@ -94,6 +104,8 @@ def texts_of(data: bytes, kind: str, unit: str) -> list[str]:
     """The documents of a file, read whole; any exception where it has none."""
     if kind == "jsonl.gz":
         data = gzip.decompress(data)
+    if kind == "txt":  # universal newlines
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     lines = [line + b"\n" for line in data.split(b"\n")]
     lines[-1] = lines[-1][:-1]
     decoded = [line.decode() for line in lines]
@@ -104,15 +116,15 @@ def texts_of(data: bytes, kind: str, unit: str) -> list[str]:
         "".join(found).encode()  # half a surrogate pair is no text
         return found
     if unit == "document":
-        return ["".join(decoded)] if "".join(decoded).strip() else []
+        return ["".join(decoded).rstrip("\n")] if "".join(decoded).strip() else []
     if unit == "line":
-        return [line.rstrip("\r\n") for line in decoded if line.strip()]
+        return [line.rstrip("\n") for line in decoded if line.strip()]
     paragraphs, current = [], ""
     for line in [*decoded, ""]:
         if line.strip():
             current += line
         elif current:
-            paragraphs.append(current.rstrip("\r\n"))
+            paragraphs.append(current.rstrip("\n"))
             current = ""
     return paragraphs
 
@@ -150,7 +162,7 @@ def damaged(dice: random.Random, data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("which", "cases"),
     [
-        ("words", 100),
+        ("bytes", 100),
         pytest.param("gpt2", 30, marks=pytest.mark.slow),  # a large vocabulary takes most of a second a file
         pytest.param("bert", 60, marks=pytest.mark.slow),
     ],
@@ -160,7 +172,7 @@ def test_an_odd_or_damaged_corpus_is_packed_as_other_readers_read_it_or_refused(
     kind, which, cases, tmp_path, gpt2_tokenizer, bert_tokenizer
 ):
     signal.alarm(600)
-    tokenizer = {"words": make_tokenizer(), "gpt2": gpt2_tokenizer, "bert": bert_tokenizer}[which]
+    tokenizer = {"bytes": make_byte_tokenizer(), "gpt2": gpt2_tokenizer, "bert": bert_tokenizer}[which]
     backend = alone(tokenizer)
     dice = random.Random(f"{kind} {which}")
     refused = read = 0
@@ -189,7 +201,7 @@ def test_an_odd_or_damaged_corpus_is_packed_as_other_readers_read_it_or_refused(
 
 
 def test_odd_parquet_is_read_or_refused(tmp_path):
-    tokenizer = make_tokenizer()
+    tokenizer = make_byte_tokenizer()
     good = ["word1 word2", "", "<s> word3 </s>", "\x00 word4"]
     columns = {
         "good": (pyarrow.array(good), None),

@@ -166,6 +166,7 @@ def test_sample_logger_writes_what_tensorboard_shows_as_text(tmp_path, monkeypat
 )
 def test_an_error_prints_a_name_so_that_nothing_in_it_acts(here, capsys, words):
     if "--output" in words:
+        Path(NAME).parent.mkdir(exist_ok=True)
         Path(NAME).write_text("a file, and no folder")
     said = complaint(capsys, *words)
     assert acts(said) == []

@@ -195,9 +195,8 @@ def check_shapes(study: dict[str, Any], file: str) -> None:
         shape(pair(value), f"{key} of real", "[mean, standard deviation]", value)
     for key in FIGURES:
         for row, cell in study.get(key, {}).items():
-            shape(
-                isinstance(row, str | float | int) and isinstance(cell, str), f"{row} in {key}", "a cell's name", cell
-            )
+            named = isinstance(row, str) or (key == "noise" and isinstance(row, float | int))
+            shape(named and isinstance(cell, str), f"{row} in {key}", "the name of a cell", cell)
 
 
 def are_words(value: object) -> bool:
