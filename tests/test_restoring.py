@@ -275,7 +275,6 @@ MALFORMED: dict[str, Callable[[dict[str, Any]], None]] = {
     "scheduler's step missing": drop("lr_schedulers", 0, "last_epoch"),
     "scheduler's rates a text": put("lr_schedulers", 0, "base_lrs", value="a"),
     "scheduler's rates infinite": put("lr_schedulers", 0, "base_lrs", value=[float("inf")]),
-    "scheduler's functions": drop("lr_schedulers", 0, "lr_lambdas"),
     "optimizers a number": put("optimizer_states", value=3),
     "optimizers none": put("optimizer_states", value=[]),
     "optimizer a text": put("optimizer_states", 0, value="text"),
