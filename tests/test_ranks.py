@@ -32,8 +32,11 @@ def test_two_ranks_are_one_process_in_gradients_weights_statistics_metrics_and_t
             )
         for part in ("state", "raw", "metrics"):
             for key, value in one[part].items():
+                # After a refresh the times follow the rounding of losses, and a row's share of an edge moves by the
+                # number of bins, 100, times as much as its time.
+                atol = 100 * 1e-5 if key.startswith("timesteps.") else 1e-5
                 torch.testing.assert_close(
-                    other[part][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+                    other[part][key], value, rtol=1e-4, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
                 )
         assert torch.equal(other["tokens"], one["tokens"])
         assert other["texts"] == one["texts"]
