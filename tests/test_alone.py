@@ -15,7 +15,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from command import complaint
-from tiny import HIDDEN, VOCAB, make_model, make_pretrained, make_tokenizer, make_trainer
+from tiny import HIDDEN, VOCAB, make_model, make_pretrained, make_tokenizer, save_both
 
 from ldlm import cli
 from ldlm.checkpoints import build, describe
@@ -23,7 +23,6 @@ from ldlm.encoders import PretrainedTokenEncoder, ShallowTokenEncoder
 from ldlm.files import package_path
 from ldlm.hub import local_folder
 from ldlm.module import LDLM
-from ldlm.saving import CheckpointFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no .*sha256 beside it.*")
 
@@ -67,11 +66,7 @@ def home(tmp_path_factory) -> Path:
     make_pretrained("bert", folder / "aside" / "encoder")
     encoder = PretrainedTokenEncoder("somebody/somewhere", hidden_size=HIDDEN, vocab_size=VOCAB)
     model = make_model(token_encoder=encoder, tokenizer=make_tokenizer())
-    trainer = make_trainer(folder, [])
-    trainer.strategy.connect(model)
-    trainer.strategy.checkpoint_io = CheckpointFiles()
-    trainer.save_checkpoint(folder / "whole.ckpt")
-    model.save_pretrained(folder / "export")
+    save_both(model, folder)
     return folder
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import HIDDEN, VOCAB, FixedTokenEncoder, make_pretrained, rows
+from tiny import HIDDEN, VOCAB, FixedTokenEncoder, Given, make_pretrained, rows
 from torch import Tensor, nn
 from transformers import AutoModel
 
@@ -14,7 +14,6 @@ from ldlm.encoders import (
     EmbeddingTokenEncoder,
     PretrainedTokenEncoder,
     ShallowTokenEncoder,
-    TokenEncoder,
     count_blocks,
     weights_digest,
 )
@@ -199,20 +198,6 @@ def test_the_learned_encoder_is_a_table_that_learns():
 
 
 # --- statistics
-
-
-class Given(TokenEncoder):
-    """Answers with the hidden states it was given, whatever the tokens."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__(hidden.shape[-1], len(hidden))
-        self.hidden = hidden
-
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        return self.hidden[tokens]
-
-    def embeddings(self) -> Tensor:
-        return self.hidden
 
 
 def test_the_statistics_are_numpys_over_all_positions():

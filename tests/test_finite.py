@@ -7,12 +7,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import FixedTokenEncoder, generator, make_data, make_model, make_trainer
+from tiny import FixedTokenEncoder, Given, generator, make_data, make_model, make_trainer
 from torch import Tensor
 
 from ldlm.callbacks import AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
 from ldlm.decoders import LinearTokenDecoder
-from ldlm.encoders import TokenEncoder
 from ldlm.saving import CheckpointFiles, read
 
 INF = torch.tensor([1.0, math.inf])
@@ -60,20 +59,6 @@ def test_an_infinite_optimizer_state_never_takes_the_place_of_a_good_one(tmp_pat
 
 
 # --- the statistics of hidden states
-
-
-class Given(TokenEncoder):
-    """Answers with the hidden states it was given, whatever the tokens."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__(hidden.shape[-1], len(hidden))
-        self.hidden = hidden
-
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        return self.hidden[tokens]
-
-    def embeddings(self) -> Tensor:
-        return self.hidden
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 1e40, 1e200])

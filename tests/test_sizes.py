@@ -31,6 +31,7 @@ from tiny import (
     make_tokenizer,
     make_trainer,
     rows,
+    save_both,
 )
 from torch import Tensor, nn
 
@@ -63,11 +64,7 @@ def saved(tmp_path_factory) -> Path:
     """A checkpoint with an optimizer's state in it, and an export."""
     folder = tmp_path_factory.mktemp("saved")
     model = make_model(tokenizer=make_tokenizer())
-    trainer = make_trainer(folder, [])
-    trainer.strategy.connect(model)
-    trainer.strategy.checkpoint_io = CheckpointFiles()
-    trainer.save_checkpoint(folder / "whole.ckpt")
-    model.save_pretrained(folder / "export")
+    save_both(model, folder)
     return folder
 
 

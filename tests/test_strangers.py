@@ -25,7 +25,7 @@ import torch
 import yaml
 from command import complaint
 from test_cli import RECIPE
-from tiny import make_home, make_model, make_tokenizer, make_trainer
+from tiny import make_home, make_model, make_tokenizer, save_both
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -366,11 +366,7 @@ def saved(tmp_path_factory):
     """A checkpoint with everything in it, its digest beside it, and an export."""
     folder = tmp_path_factory.mktemp("saved")
     model = make_model(tokenizer=make_tokenizer())
-    trainer = make_trainer(folder, [])
-    trainer.strategy.connect(model)
-    trainer.strategy.checkpoint_io = CheckpointFiles()
-    trainer.save_checkpoint(folder / "whole.ckpt")
-    model.save_pretrained(folder / "export")
+    save_both(model, folder)
     return folder
 
 

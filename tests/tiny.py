@@ -30,6 +30,7 @@ from ldlm.encoders import TokenEncoder
 from ldlm.latents import PerceiverResamplerDecoder, PerceiverResamplerEncoder
 from ldlm.layers import Block
 from ldlm.module import LDLM
+from ldlm.saving import CheckpointFiles
 
 VOCAB, HIDDEN, LENGTH, LATENT = 40, 16, 8, 12
 WORDS = [f"word{i}" for i in range(VOCAB - 3)]
@@ -59,6 +60,20 @@ class FixedTokenEncoder(TokenEncoder):
 
     def embeddings(self) -> Tensor:
         return self.table
+
+
+class Given(TokenEncoder):
+    """Answers with the hidden states it was given, whatever the tokens."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__(hidden.shape[-1], len(hidden))
+        self.hidden = hidden
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        return self.hidden[tokens]
+
+    def embeddings(self) -> Tensor:
+        return self.hidden
 
 
 class TanhBlock(Block):
@@ -139,6 +154,15 @@ def make_trainer(folder: Path, callbacks: list[L.Callback], **changes: Any) -> L
         "callbacks": callbacks,
     }
     return L.Trainer(**(arguments | changes))
+
+
+def save_both(model: LDLM, folder: Path) -> None:
+    """Write ``whole.ckpt`` and ``export`` of a model that no run trained."""
+    trainer = make_trainer(folder, [])
+    trainer.strategy.connect(model)
+    trainer.strategy.checkpoint_io = CheckpointFiles()
+    trainer.save_checkpoint(folder / "whole.ckpt")
+    model.save_pretrained(folder / "export")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
