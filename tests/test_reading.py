@@ -17,6 +17,7 @@ from ldlm.module import LDLM
 from ldlm.saving import damage, digest_file, last_checkpoint, read, write
 
 NUMBERS = 100_000  # so large that reading takes a while
+SPAWNED = multiprocessing.get_context("spawn")  # a fork would wait for ever for torch's threads, which it lacks
 
 
 def state(step: int) -> dict:
@@ -62,12 +63,13 @@ def folders_that_come_and_go(path: Path) -> None:
 @contextlib.contextmanager
 def writing(work: Callable[[Path], None], path: Path) -> Iterator[None]:
     """A process that writes all the while."""
-    process = multiprocessing.get_context("fork").Process(target=work, args=(path,))
+    process = SPAWNED.Process(target=work, args=(path,))
     process.start()
     try:
-        end = time.monotonic() + 30
-        while last_checkpoint(path) is None and time.monotonic() < end:
+        end = time.monotonic() + 120
+        while (nothing := last_checkpoint(path) is None) and time.monotonic() < end:
             time.sleep(0.05)
+        assert not nothing, "the process wrote nothing"
         yield
         assert process.is_alive()
     finally:
@@ -168,20 +170,23 @@ def test_what_only_has_the_name_of_a_checkpoint_is_passed_over_and_waited_for_by
         read(path)
 
 
-def exports(folder: Path) -> None:
+def exports(folder: Path, begun) -> None:
     turn = 0
     while True:
         model = make_model(seed=turn % 3, tokenizer=make_tokenizer())
         model.save_pretrained(folder / "export")
+        begun.set()
         turn += 1
         time.sleep(0.05)
 
 
 def test_an_export_that_is_replaced_all_the_time_is_one_of_the_models_or_is_being_written(tmp_path):
     known = [make_model(seed=seed).token_decoder.head.weight for seed in range(3)]
-    process = multiprocessing.get_context("fork").Process(target=exports, args=(tmp_path,))
+    begun = SPAWNED.Event()
+    process = SPAWNED.Process(target=exports, args=(tmp_path, begun))
     make_model(tokenizer=make_tokenizer()).save_pretrained(tmp_path / "export")
     process.start()
+    assert begun.wait(120)
     loaded, said, end = 0, set(), time.monotonic() + 30
     try:
         while loaded < 10 and time.monotonic() < end:
