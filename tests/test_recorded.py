@@ -1,0 +1,21 @@
+"""Today's code computes what was recorded: the same losses, weights and texts from the same seeds."""
+
+import json
+
+import pytest
+import recorded
+
+TOLD = json.loads(recorded.FILE.read_text())
+
+
+@pytest.mark.parametrize("name", recorded.CASES)
+def test_losses_weights_and_generated_ids_are_those_that_were_recorded(tmp_path, name):
+    found, told = recorded.CASES[name](tmp_path), TOLD[name]
+    if recorded.arithmetic() == TOLD["arithmetic"]:  # else another CPU's kernels round otherwise
+        assert found == told
+    losses = [[float.fromhex(loss) for loss in one["losses"]] for one in (found, told)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_corpus_is_packed_into_the_bytes_that_were_recorded(tmp_path):
+    assert recorded.pack(tmp_path) == TOLD["packed corpus"]
