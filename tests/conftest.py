@@ -4,13 +4,17 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything that reads it is imported
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import ROOT
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from ldlm.files import package_path
+from ldlm.hub import package_path
+
+sys.path.append(str(ROOT / "scripts"))  # which some tests run
 
 
 @pytest.fixture(scope="session")

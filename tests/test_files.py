@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ldlm.files import package_path, resolve, sha256, sweep, verify_blocks, write_atomically
+from ldlm._files import sha256, sweep, verify_blocks, write_atomically
+from ldlm.hub import package_path, resolve
 
 
 def test_a_written_file_holds_what_was_written_and_nothing_is_left_beside_it(tmp_path):
@@ -142,6 +143,6 @@ def test_blocks_are_compared_one_by_one_and_to_the_end(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_verified_each_time_without_a_word(tmp_path, monkeypatch):
     file = tmp_path / "a.bin"
     file.write_bytes(b"abc")
-    monkeypatch.setattr("ldlm.files.os.replace", lambda *_: os.listdir(tmp_path / "nowhere"))
+    monkeypatch.setattr("ldlm._files.os.replace", lambda *_: os.listdir(tmp_path / "nowhere"))
     verify_blocks(file, [sha256(file)], 3, full=False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import LATENT, LENGTH, WORDS, Calls, generator, make_model, make_tokenizer, rows
+from helpers.tiny import LATENT, LENGTH, WORDS, Calls, generator, make_model, make_tokenizer, rows
 
-from ldlm import noise
-from ldlm.grids import LogSNRGrid, UniformGrid
-from ldlm.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama
-from ldlm.texts import load
+from ldlm import rng as noise
+from ldlm.diffusion.grids import LogSNRGrid, UniformGrid
+from ldlm.diffusion.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama
+from ldlm.evaluation.sampling import load
 
 
 def test_the_same_seed_gives_the_same_texts_and_another_seed_others():

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import (
+from helpers.tiny import (
     HIDDEN,
     LENGTH,
     VOCAB,
@@ -21,16 +21,20 @@ from tiny import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ldlm import decoders
-from ldlm.callbacks import EMA, AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
-from ldlm.decoders import LinearTokenDecoder, TransformerTokenDecoder
-from ldlm.denoiser import Denoiser, DiT
-from ldlm.latents import IdentityDecoder, IdentityEncoder, PerceiverResamplerDecoder, PerceiverResamplerEncoder
-from ldlm.likelihood import LikelihoodBound, integration_times, likelihood_terms
-from ldlm.module import LDLM
-from ldlm.noise import generator as noise_generator
-from ldlm.rows import RowsInOrder
-from ldlm.schedules import CosineSchedule, NoiseSchedule, TangentSchedule
+from ldlm import likelihood_terms
+from ldlm.data.rows import RowsInOrder
+from ldlm.diffusion.schedules import CosineSchedule, NoiseSchedule, TangentSchedule
+from ldlm.likelihood import integration_times
+from ldlm.model import LDLM
+from ldlm.nn import token_decoders as decoders
+from ldlm.nn.denoiser import Denoiser, DiT
+from ldlm.nn.latent_coders import IdentityDecoder, IdentityEncoder, PerceiverResamplerDecoder, PerceiverResamplerEncoder
+from ldlm.nn.token_decoders import LinearTokenDecoder, TransformerTokenDecoder
+from ldlm.rng import generator as noise_generator
+from ldlm.training.callbacks.ema import EMA
+from ldlm.training.callbacks.likelihood_bound import LikelihoodBound
+from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
+from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 SCHEDULES = [TangentSchedule(), CosineSchedule()]
 NAMES = ["token_bound", "token_bound_error", "token_cross_entropy", "kl", "hidden_density"]

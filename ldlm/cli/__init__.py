@@ -1,0 +1,1 @@
+"""The ``ldlm`` command: words to calls, and nothing else."""

@@ -1,0 +1,1 @@
+"""The mathematics of the diffusion process, which knows no text."""

@@ -1,1 +1,0 @@
-"""Instruments that measure models made with `ldlm`."""

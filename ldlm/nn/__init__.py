@@ -1,0 +1,1 @@
+"""Networks, which know neither the diffusion process nor a Trainer."""

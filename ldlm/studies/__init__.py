@@ -1,0 +1,1 @@
+"""The paper's tables as sets of runs."""

@@ -1,0 +1,1 @@
+"""Training an `LDLM` with a Trainer."""

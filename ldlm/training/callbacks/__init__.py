@@ -1,0 +1,1 @@
+"""Callbacks, one idea a file."""

@@ -1,0 +1,124 @@
+"""`--ckpt_path last` finds the run that saved last, goes on in its folder, and passes over what is damaged."""
+
+import copy
+import os
+import zipfile
+
+import pytest
+import torch
+import yaml
+from helpers.command import complaint
+from helpers.recipe import RECIPE
+from helpers.tiny import make_home
+
+from ldlm.checkpoints.integrity import digest_file
+from ldlm.cli import main as cli
+
+LAST = "runs/tiny/version_{}/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with an encoder, a text and a recipe."""
+    folder = tmp_path_factory.mktemp("home")
+    make_home(folder)
+    recipe = copy.deepcopy(RECIPE)
+    recipe["trainer"]["callbacks"] = [
+        callback for callback in recipe["trainer"]["callbacks"] if callback["class_path"] != "ShowSamples"
+    ]
+    recipe["trainer"]["num_sanity_val_steps"] = 0
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture
+def here(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("encoder", "text.txt", "tiny.yaml"):
+        os.symlink(home / name, tmp_path / name)
+    return tmp_path
+
+
+def fit(*words: str) -> None:
+    cli.main(["fit", "--config", "tiny.yaml", *words])
+
+
+def steps(file: str) -> int:
+    return torch.load(file, weights_only=True)["global_step"]
+
+
+def test_a_job_that_always_says_last_starts_goes_on_and_passes_over_damage(here, monkeypatch):
+    said = []
+    monkeypatch.setattr("ldlm.checkpoints.integrity.rank_zero_info", said.append)
+    fit("--ckpt_path", "last", "--trainer.max_steps", "2")
+    assert said == ["there is no whole checkpoint in runs/tiny to go on from: training starts from scratch"]
+    fit("--ckpt_path=last", "--trainer.max_steps", "4")
+    assert [path.name for path in (here / "runs/tiny").iterdir()] == ["version_0"]  # the log goes on in it, too
+    assert len(list((here / "runs/tiny/version_0").glob("events*"))) == 2
+    assert steps(LAST.format(0)) == 4
+    last = here / LAST.format(0)
+    last.write_bytes(last.read_bytes()[:-5])
+    with pytest.warns(UserWarning, match=r"last\.ckpt is truncated or not a checkpoint: it is passed over"):
+        fit("--ckpt_path", "last", "--trainer.max_steps", "6")
+    found = {path.name: steps(str(path)) for path in last.parent.glob("*step=6.ckpt")}
+    assert list(found.values()) == [6]
+
+
+def test_the_last_run_is_the_one_that_saved_last_and_a_folder_means_its_newest_checkpoint(here, capsys):
+    fit("--trainer.max_steps", "4")
+    fit("--trainer.max_steps", "2")
+    fit("--ckpt_path", "last", "--trainer.max_steps", "3")
+    assert sorted(path.name for path in (here / "runs/tiny").iterdir()) == ["version_0", "version_1"]
+    assert [steps(LAST.format(version)) for version in (0, 1)] == [4, 3]
+    cli.main(["validate", "--config", "tiny.yaml", "--ckpt_path", "runs/tiny/version_1"])
+    assert "validation/accuracy" in capsys.readouterr().out
+    assert "no checkpoint in this folder is whole" in complaint(capsys, "validate", "--ckpt_path", "encoder")
+    assert "give validate the folder of the run" in complaint(capsys, "validate", "--ckpt_path", "last")
+
+
+def test_a_version_that_is_given_is_the_run_that_is_meant(here, capsys):
+    fit("--trainer.max_steps", "2", "--trainer.logger.version", "7")
+    fit("--trainer.max_steps", "4", "--trainer.logger.version", "")
+    fit("--trainer.max_steps", "3", "--trainer.logger.version", "7", "--ckpt_path", "last")
+    assert steps(LAST.format(7)) == 3
+    assert steps("runs/tiny/checkpoints/last.ckpt") == 4
+    where = ["--trainer.logger", "false", "--trainer.default_root_dir", "s3://bucket/runs"]
+    said = complaint(capsys, "fit", "--config", "tiny.yaml", *where, "--ckpt_path", "last")
+    assert "not in s3://bucket/runs: name it in full" in said
+
+
+def test_last_finds_checkpoints_in_a_folder_of_the_users_own_and_without_a_logger(here):
+    where = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=mine"]
+    where += ["--trainer.callbacks.every_n_train_steps=1"]
+    bare = ["--trainer.logger", "false", "--trainer.default_root_dir", "bare"]
+    for options, folder in ((bare, "bare/checkpoints"), ([*bare, *where], "mine")):
+        fit(*options, "--trainer.max_steps", "2")
+        fit(*options, "--ckpt_path", "last", "--trainer.max_steps", "4")
+        assert max(steps(str(path)) for path in (here / folder).glob("*.ckpt")) == 4
+
+
+def test_a_full_disk_ends_in_a_sentence(here, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldlm.checkpoints.integrity.write", full)
+    with pytest.warns(UserWarning, match="training goes on"):
+        said = complaint(capsys, "fit", "--config", "tiny.yaml", "--trainer.max_steps", "9")
+    assert "No space left on device" in said
+    assert "as this is save 3 in a row that failed, the run ends" in said
+
+
+def test_a_damaged_file_given_by_name_ends_in_a_sentence_that_names_a_whole_one(here, capsys):
+    fit("--trainer.max_steps", "2")
+    last = here / LAST.format(0)
+    data = bytearray(last.read_bytes())
+    with zipfile.ZipFile(last) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    data[largest.header_offset + largest.file_size // 2 + 512] ^= 4  # not in what lies between two entries
+    last.write_bytes(data)
+    digest_file(last).unlink()
+    for command in ("fit", "validate", "predict"):
+        said = complaint(capsys, command, "--config", "tiny.yaml", "--ckpt_path", str(last))
+        assert "was altered: the checksum of" in said
+        assert "the newest whole one beside it is" in said
+        assert "step=2.ckpt" in said

@@ -1,0 +1,42 @@
+"""Things that go wrong in a run, at a chosen step, micro-step and rank."""
+
+import math
+
+import lightning as L
+import torch
+
+
+class Poison(L.Callback):
+    """Makes a loss, or one number of one gradient, other than finite.
+
+    `where` is "nan in the loss", "inf in the loss" (whose gradient is finite by itself) or "nan in one gradient".
+    """
+
+    def __init__(self, where: str, steps: set[int], rank: int | None = None, micro_step: int = 0) -> None:
+        self.where, self.steps, self.rank, self.micro_step = where, steps, rank, micro_step
+
+    def on_fit_start(self, trainer, model):
+        def due() -> bool:
+            here = self.rank in (None, trainer.global_rank) and model._micro_step == self.micro_step
+            return here and trainer.global_step in self.steps
+
+        losses = model.losses
+
+        def poisoned(*arguments):
+            right = losses(*arguments)
+            if not due() or "loss" not in self.where:
+                return right
+            wrong = right.total * math.nan if "nan" in self.where else right.total + math.inf
+            return right._replace(total=wrong)
+
+        def poison(gradient):
+            if due() and "gradient" in self.where:
+                gradient = gradient.clone()
+                gradient.view(-1)[3] = torch.nan
+            return gradient
+
+        model.losses = poisoned
+        model.token_decoder.head.weight.register_hook(poison)  # before the gradients of ranks are summed
+
+
+KINDS = ["nan in the loss", "inf in the loss", "nan in one gradient"]
