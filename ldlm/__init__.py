@@ -49,7 +49,10 @@ if TYPE_CHECKING:
     from ldlm.nn.token_encoders import PretrainedTokenEncoder as PretrainedTokenEncoder
     from ldlm.nn.token_encoders import ShallowTokenEncoder as ShallowTokenEncoder
     from ldlm.nn.token_encoders import TokenEncoder as TokenEncoder
+    from ldlm.objective import JointObjective as JointObjective
     from ldlm.objective import Losses as Losses
+    from ldlm.objective import Objective as Objective
+    from ldlm.objective import TokenObjective as TokenObjective
     from ldlm.tokenizer import load_tokenizer as load_tokenizer
     from ldlm.training.callbacks.efficiency import CompileBlocks as CompileBlocks
     from ldlm.training.callbacks.efficiency import RecomputeActivations as RecomputeActivations
@@ -69,6 +72,8 @@ if TYPE_CHECKING:
     from ldlm.training.stability import LatentMonitor as LatentMonitor
     from ldlm.training.stability import SkippedSteps as SkippedSteps
     from ldlm.training.stages import FixedLatents as FixedLatents
+    from ldlm.training.stages import replace_token_decoder as replace_token_decoder
+    from ldlm.training.task import LDLMTask as LDLMTask
 
 __version__ = "0.1.0"
 
@@ -83,11 +88,13 @@ _PLACES = {
     "ldlm.likelihood": "likelihood_terms",
     "ldlm.model": "LDLM",
     "ldlm.nn.denoiser": "Denoiser DiT",
-    "ldlm.nn.latent_coders": "LatentEncoder LatentDecoder PerceiverResamplerEncoder PerceiverResamplerDecoder SelfAttentionEncoder SelfAttentionDecoder IdentityEncoder IdentityDecoder",
+    "ldlm.nn.latent_coders": "LatentEncoder LatentDecoder PerceiverResamplerEncoder PerceiverResamplerDecoder "
+    "SelfAttentionEncoder SelfAttentionDecoder IdentityEncoder IdentityDecoder",
     "ldlm.nn.layers": "Block",
     "ldlm.nn.token_decoders": "TokenDecoder LinearTokenDecoder TransformerTokenDecoder",
-    "ldlm.nn.token_encoders": "TokenEncoder FrozenTokenEncoder PretrainedTokenEncoder ShallowTokenEncoder EmbeddingTokenEncoder",
-    "ldlm.objective": "Losses",
+    "ldlm.nn.token_encoders": "TokenEncoder FrozenTokenEncoder PretrainedTokenEncoder ShallowTokenEncoder "
+    "EmbeddingTokenEncoder",
+    "ldlm.objective": "JointObjective Losses Objective TokenObjective",
     "ldlm.tokenizer": "load_tokenizer",
     "ldlm.training.callbacks.efficiency": "CompileBlocks RecomputeActivations",
     "ldlm.training.callbacks.ema": "EMA",
@@ -100,12 +107,13 @@ _PLACES = {
     "ldlm.training.callbacks.warmup": "DiffusionToEncoderWarmup",
     "ldlm.training.preemption": "StopOnSignal",
     "ldlm.training.stability": "SkippedSteps LatentMonitor",
-    "ldlm.training.stages": "FixedLatents",
+    "ldlm.training.stages": "FixedLatents replace_token_decoder",
+    "ldlm.training.task": "LDLMTask",
 }
 _MODULES = ("metrics", "testing")
 _HOMES = {name: module for module, names in _PLACES.items() for name in names.split()}
 
-__all__ = sorted([*_HOMES, *_MODULES])
+__all__ = sorted([*_HOMES, *_MODULES])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from ldlm.diffusion.schedules import NoiseSchedule
-from ldlm.objective import JointObjective, normal_like
+from ldlm.model import LDLM
+from ldlm.objective import normal_like
 
 AUGMENTED = "augmented_nelbo_not_comparable_with_other_models_sigma_rec"
 
@@ -83,7 +84,7 @@ def integration_times(schedule: NoiseSchedule, position: Tensor, tau: float, pow
 
 @torch.no_grad()
 def likelihood_terms(
-    model: JointObjective, tokens: Tensor, generator: torch.Generator, tau: float, sigma_rec: float, samples: int
+    model: LDLM, tokens: Tensor, generator: torch.Generator, tau: float, sigma_rec: float, samples: int
 ) -> Terms:
     """Monte-Carlo estimates of the terms of the bounds; each costs one call of the denoiser and of both decoders.
 
@@ -113,7 +114,7 @@ def likelihood_terms(
         if hidden_hat.shape == hidden.shape:
             error = (hidden - hidden_hat.double()).square().sum(dim=(1, 2))
             density = 0.5 * (error / sigma_rec**2 + hidden[0].numel() * math.log(2 * math.pi * sigma_rec**2))
-        else:  # straight from latents to tokens (`stages.TokenDecoderStage`): this model says nothing of h
+        else:  # straight from latents to tokens (`replace_token_decoder`): this model says nothing of h
             density = torch.full_like(kl, math.nan)
         estimates.append(torch.stack([model.token_decoder.nats(hidden_hat, tokens), kl, density]))
     return Terms(*torch.stack(estimates, dim=1))

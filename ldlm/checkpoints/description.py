@@ -42,7 +42,7 @@ PARTS = (
     Sampler,
     TimeGrid,
 )
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "ldlm.json"  # of an export
 LARGEST_DESCRIPTION = 2**24  # bytes of it; the paper's model takes 3 kB
 T = TypeVar("T")
@@ -88,6 +88,11 @@ def class_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def describe_model(model: object) -> dict[str, Any]:
+    """A model as files hold it: its parts and arguments but for the tokenizer, whose files stand beside; versions."""
+    return {"format": FORMAT, "version": ldlm.__version__, "model": describe(model, leave_out=("tokenizer",))}
+
+
 def _plain(value: Any, name: str) -> Any:
     """An argument as JSON-able data."""
     if isinstance(value, PARTS):
@@ -107,8 +112,12 @@ def _plain(value: Any, name: str) -> Any:
     )
 
 
-def build(description: Any) -> Any:
+def build(description: Any, kinds: tuple[type, ...] = PARTS) -> Any:
     """The inverse of `describe` for a part; plain data are returned as they are.
+
+    Args:
+        description: Plain data.
+        kinds: What a class may be a subclass of.
 
     Raises:
         ValueError: If a class is not in a module that is already imported, or is not one of ldlm's parts, or an
@@ -117,11 +126,11 @@ def build(description: Any) -> Any:
     if isinstance(description, str) and leads_out(description):
         raise ValueError(f"{description!r} leads out of the current folder, which no file may: name it in the command")
     if isinstance(description, list):
-        return [build(item) for item in description]
+        return [build(item, kinds) for item in description]
     if not isinstance(description, dict):
         return description
     if description.keys() != {"class_path", "init_args"}:
-        return {key: build(item) for key, item in description.items()}
+        return {key: build(item, kinds) for key, item in description.items()}
     module_name, _, class_name = str(description["class_path"]).rpartition(".")
     public = module_name == "ldlm" and class_name in ldlm.__all__  # importing it is this package's own doing
     module = sys.modules.get(module_name)
@@ -131,15 +140,15 @@ def build(description: Any) -> Any:
             f"are not allowed to import anything: import {module_name} first, or add --import {module_name}"
         )
     kind = getattr(ldlm, class_name) if public else vars(module).get(class_name)
-    if not (isinstance(kind, type) and issubclass(kind, PARTS)):
+    if not (isinstance(kind, type) and issubclass(kind, kinds)):
         raise ValueError(
             f"this model uses {description['class_path']}, which is not a part of a model here: define the class in "
             f"{module_name} at the top level, as a subclass of one of ldlm's abstract parts"
         )
-    return make(kind, description["init_args"])
+    return make(kind, description["init_args"], kinds)
 
 
-def make(kind: type[T], arguments: dict[str, Any]) -> T:
+def make(kind: type[T], arguments: dict[str, Any], kinds: tuple[type, ...] = PARTS) -> T:
     """An object of a class from arguments that a file gives, after `build` made parts of those that describe one.
 
     On the meta device (``with torch.device("meta")``) nothing takes memory. A class from elsewhere whose constructor
@@ -149,15 +158,15 @@ def make(kind: type[T], arguments: dict[str, Any]) -> T:
         ValueError: If the class cannot be made of them.
     """
     try:
-        built = {name: build(value) for name, value in arguments.items()}
+        built = {name: build(value, kinds) for name, value in arguments.items()}
         for name, hint in _hints(kind).items():
-            if isinstance(built.get(name), PARTS) and not isinstance(built[name], hint):
+            if isinstance(built.get(name), kinds) and not isinstance(built[name], hint):
                 raise TypeError(f"{name} cannot be a {type(built[name]).__name__}")
         return kind(**built)
     except Exception as error:  # untrusted arguments can make a constructor raise anything
         if torch.get_default_device().type == "meta" and not kind.__module__.startswith("ldlm."):
             with torch.device("cpu"):
-                return make(kind, arguments)
+                return make(kind, arguments, kinds)
         if isinstance(error, ValueError):
             raise
         raise ValueError(f"{class_path(kind)} cannot be made from what the file says of it: {error}") from error

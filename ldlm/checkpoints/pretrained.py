@@ -1,22 +1,32 @@
-"""Checkpoints and exports read into memory: verified, compared with a model, never believed.
+"""A model from a checkpoint or an export: verified, compared with its description, never believed.
 
-In: a `.ckpt` file or an exported folder. Out: plain data and CPU tensors; or a ValueError in one sentence.
-No section of the paper.
+In: a `.ckpt` file or an exported folder. Out: plain data and CPU tensors, a model; or a ValueError in one sentence.
+And the other way: a model's tensors to an exported folder. No section of the paper.
 """
 
 import hashlib
+import json
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from ldlm._sizes import storage_numbers
-from ldlm.checkpoints.description import DESCRIPTION, check_description, read_json
+from ldlm._files import sha256, write_atomically
+from ldlm._sizes import building_at_most, storage_numbers
+from ldlm.checkpoints.description import DESCRIPTION, check_description, make, read_json
 from ldlm.checkpoints.integrity import LOOKS, read
-from ldlm.hub import local_folder
+from ldlm.hub import local_folder, only_the_file
+from ldlm.tokenizer import pack_tokenizer, unpack_tokenizer
+
+WEIGHTS = "model.safetensors"  # of an export
+M = TypeVar("M", bound=nn.Module)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -102,3 +112,81 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     wanted = sum({id(value): value.numel() for value in own.values()}.values())  # tied weights are one parameter
     if wanted > (held := storage_numbers(state.values())):
         raise ValueError(f"{source} does not fit this model: it has {held:,} numbers, and the model has {wanted:,}")
+
+
+def load_checkpoint(kind: type[M], path: str | os.PathLike[str]) -> M:
+    """The model of a checkpoint, on the CPU; errors as in `read_checkpoint`."""
+    checkpoint = read_checkpoint(path)
+    files = checkpoint.get("tokenizer")
+    tokenizer = unpack_tokenizer(files, str(path)) if files is not None else None
+    return rebuild(kind, checkpoint["ldlm"], checkpoint["state_dict"], tokenizer, str(path))
+
+
+def load_pretrained(kind: type[M], source: str, revision: str | None) -> M:
+    """The model of an exported folder, local or on the hub, on the CPU; errors as in `read_export`."""
+    about, files = read_export(source, revision)
+    try:
+        state = load(files.pop(WEIGHTS))
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(f"{source}/{WEIGHTS} could not be read ({error}): export the model again") from error
+    tensors = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in files.items()}
+    return rebuild(kind, about, state, unpack_tokenizer(tensors, source) if files else None, source)
+
+
+def rebuild(
+    kind: type[M],
+    about: dict[str, Any],
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+) -> M:
+    """A model from its description, its tensors and its tokenizer.
+
+    It is made twice: without memory, to be compared with the tensors, and for real once it has their sizes. The
+    second time also fills what is in no file, such as buffers registered with ``persistent=False``.
+    """
+    arguments = about["model"]["init_args"] | {"tokenizer": tokenizer}
+    sizes = len(state), storage_numbers(state.values())
+    with only_the_file():
+        with building_at_most(*sizes, source), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            check_weights(make(kind, arguments), state, source)
+        model = make(kind, arguments)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # of a kind that cannot be copied, such as sparse ones
+        raise ValueError(f"{source} holds tensors that no weights can be taken from ({error})") from error
+    return model
+
+
+def save_pretrained(
+    folder: str | Path, about: dict[str, Any], state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Write a model's description, tensors and tokenizer into a folder; see `LDLM.save_pretrained`."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, and an export is one: give another name")
+    description = folder / DESCRIPTION
+    packed = {} if tokenizer is None else pack_tokenizer(tokenizer)
+    files = {name: content.numpy().tobytes() for name, content in packed.items()}
+    files[WEIGHTS] = save({name: tensor.contiguous() for name, tensor in state.items()})
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    earlier = exported(read_json(description), str(folder)) if description.exists() else {}
+    for name in files.keys() - earlier.keys():
+        if (folder / name).exists():
+            raise ValueError(f"{folder}/{name} is no file of an earlier export, and stays: give another folder")
+    with ExitStack() as stack:
+        for name, content in files.items():
+            file = stack.enter_context(write_atomically(folder / name))
+            file.write(content)
+            file.flush()
+        # All is on the disk. Until each file has its place, the folder says which are an export's, and is none.
+        _write_json(description, {"sha256": earlier | digests})
+    for name in earlier.keys() - files.keys():
+        if (folder / name).is_file() and sha256(folder / name) == earlier[name]:
+            (folder / name).unlink()
+    _write_json(description, about | {"sha256": digests})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with write_atomically(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())

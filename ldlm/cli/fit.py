@@ -3,13 +3,15 @@
 In: words from a shell. Out: a Trainer's run.
 No section of the paper.
 
-``--sequence_length``, ``--num_latents``, ``--tokenizer`` and ``--seed_everything`` are given once and reach the data,
-the model and every part that has such an argument. ``--warmup.steps`` is the diffusion-to-encoder warm-up's length.
-``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take the model from the checkpoint and ``fit-decoder`` from
-``--stage.checkpoint``, whatever a recipe says of it. ``--ckpt_path`` takes a folder, too, for the newest whole
-checkpoint in it, and ``fit --ckpt_path last`` goes on with the run that saved last, if there is one.
+A recipe has four blocks: ``model``, ``training``, ``data``, ``trainer``. ``--sequence_length``, ``--num_latents``,
+``--tokenizer`` and ``--seed_everything`` are given once and reach the data, the model, the task and every part that has
+such an argument. ``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take model and objective from the checkpoint
+and ``fit-decoder`` the model from ``--stage.checkpoint``, whatever a recipe says of it. ``--ckpt_path`` takes a folder,
+too, for the newest complete checkpoint in it, and ``fit --ckpt_path last`` resumes the run that saved last, if there is
+one.
 """
 
+import abc
 import logging
 import sys
 import tempfile
@@ -25,57 +27,27 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-# Imported so that their classes can be named in YAML without a path.
-from ldlm import __version__, likelihood
+import ldlm
 from ldlm._files import check_output
 from ldlm.checkpoints.pretrained import read_checkpoint
 from ldlm.checkpoints.resume import last_checkpoint, last_of_run
 from ldlm.cli.arguments import Fault, explain, fail, value_of
 from ldlm.cli.modules import IMPORTED, NamedModules
 from ldlm.data.datamodule import PackedTextDataModule, check_detokenizer
-from ldlm.diffusion import grids, samplers, schedules, timesteps
 from ldlm.model import LDLM
-from ldlm.nn import denoiser
-from ldlm.nn import latent_coders as latents
-from ldlm.nn import token_decoders as decoders
-from ldlm.nn import token_encoders as encoders
+from ldlm.nn.token_encoders import FrozenTokenEncoder
+from ldlm.objective import TokenObjective
 from ldlm.presets import recipe_file
 from ldlm.recipes import check
 from ldlm.tokenizer import load_tokenizer, name_tokenizer, tokenizer_digest
-from ldlm.training import preemption as signals
-from ldlm.training import stability as guards
-from ldlm.training import stages
-from ldlm.training.callbacks import efficiency as speed
-from ldlm.training.callbacks import ema as callbacks
-from ldlm.training.callbacks import hidden_state_cache as cache
-from ldlm.training.callbacks import sample_scores as scoring
-from ldlm.training.callbacks import visualisation as watch
 from ldlm.training.callbacks.predictions import ReconstructionWriter
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 from ldlm.training.checks import check_encoder
 from ldlm.training.resuming import begin_anew, left_by_another_job
-from ldlm.training.stages import FixedLatents, TokenDecoderStage
+from ldlm.training.stages import FixedLatents, token_decoder_stage
+from ldlm.training.task import LDLMTask
 
-ROOMS = (
-    cache,
-    callbacks,
-    decoders,
-    denoiser,
-    encoders,
-    grids,
-    guards,
-    latents,
-    likelihood,
-    samplers,
-    schedules,
-    scoring,
-    signals,
-    speed,
-    stages,
-    timesteps,
-    watch,
-)
-CLASSES = sorted({name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)})
+# Imported, so that the public classes can be named in YAML without a path.
+CLASSES = [name for name in ldlm.__all__ if isinstance(getattr(ldlm, name), type)]
 KEYWORDS = ("best", "last", "hpc", "registry")  # values of --ckpt_path that Lightning looks up itself
 
 
@@ -113,31 +85,23 @@ class ShortErrors(LightningArgumentParser):
         fail(explain(message, [option for action in self._actions for option in action.option_strings], CLASSES))
 
 
-class LDLMCLI(LightningCLI):
-    """LightningCLI for one model class and one data module.
+class Command(LightningCLI):
+    """What Lightning's commands share: a data module, a Trainer, named recipes, short errors.
 
     Args:
         words: The command and its options.
-        checkpoint: Of ``validate``, ``test`` and ``predict``: the file the model is taken from.
-        stage: Whether a `TokenDecoderStage` is trained and not an `LDLM`.
+        length: Tokens a row, if none are given.
+        tokenizer: Whose texts are read, if none is given.
     """
 
-    def __init__(self, words: list[str], checkpoint: str | None, stage: bool) -> None:
-        self.checkpoint = checkpoint
-        self.stage = stage
-        self.stored: LDLM | None = None
-        self.tokenizer_folder: tempfile.TemporaryDirectory[str] | None = None
-        if checkpoint is not None:
-            self.stored = LDLM.load_from_checkpoint(checkpoint)
-            self.tokenizer_folder = tempfile.TemporaryDirectory()
-            if self.stored.tokenizer is not None:
-                self.stored.tokenizer.save_pretrained(self.tokenizer_folder.name)
+    def __init__(self, words: list[str], length: int = 128, tokenizer: str = "gpt2") -> None:
+        self.length, self.tokenizer = length, tokenizer
         super().__init__(
-            LDLM,
+            LDLMTask,
             PackedTextDataModule,
             args=words,
             parser_class=ShortErrors,
-            parser_kwargs={"version": f"ldlm {__version__}"},
+            parser_kwargs={"version": f"ldlm {ldlm.__version__}"},
             save_config_callback=SaveConfigCallback if words[0] == "fit" else None,  # others leave no file behind
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
@@ -147,59 +111,24 @@ class LDLMCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose ``--config`` takes names."""
-        parser = ShortErrors(dump_header=[f"ldlm=={__version__}"], parser_mode="recipe", **kwargs)
+        parser = ShortErrors(dump_header=[f"ldlm=={ldlm.__version__}"], parser_mode="recipe", **kwargs)
         parser.add_argument("-c", "--config", action=NamedConfig, help="a recipe's name (ldlm presets) or a file")
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Trainer, model and data; with a checkpoint, what the recipe says of the model is read past."""
-        if self.stored is None and not self.stage:
-            super().add_core_arguments_to_parser(parser)
-            return
+        """The blocks of a recipe that every command has: ``trainer`` and ``data``."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_lightning_class_args(PackedTextDataModule, "data")
-        unused: dict[str, Any] = {"model": dict, "warmup": dict, "num_latents": int | None, "latents": str | None}
-        for key, kind in (unused | ({} if self.stage else {"stage": dict})).items():
-            parser.add_argument(
-                f"--{key}", type=kind, default=None, help="not used: the checkpoint describes its model"
-            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options that several things share."""
-        stored = self.stored
-        length = stored.sequence_length if stored is not None else 128
-        tokenizer = self.tokenizer_folder.name if self.tokenizer_folder is not None else "gpt2"
-        parser.add_argument("--sequence_length", type=int, default=length, help="tokens a row, for data and model")
-        parser.add_argument("--tokenizer", type=str, default=tokenizer, help="hub id, folder or package:NAME/folder")
+        parser.add_argument("--sequence_length", type=int, default=self.length, help="tokens a row, for data and model")
+        parser.add_argument(
+            "--tokenizer", type=str, default=self.tokenizer, help="hub id, folder or package:NAME/folder"
+        )
         parser.link_arguments("sequence_length", "data.sequence_length")
         parser.link_arguments("tokenizer", "data.tokenizer")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        if stored is not None or self.stage:
-            parser.add_argument("--encoder", type=str | None, default=None, help="where the token encoder is now")
-            parser.add_argument("--output", default="reconstructions.jsonl", help="of predict: file to write")
-            if self.stage:
-                parser.add_class_arguments(TokenDecoderStage, "stage")
-                parser.link_arguments("seed_everything", "stage.seed", compute_fn=int)
-            return
-        parser.add_lightning_class_args(DiffusionToEncoderWarmup, "warmup")
-        parser.add_argument(
-            "--latents", type=str | None, default=None, help="checkpoint whose coders are taken, frozen (FixedLatents)"
-        )
-        parser.add_argument("--stage", type=dict, default=None, help="of fit-decoder; not used here")
-        parser.add_argument(
-            "--num_latents", type=int | None, default=None, help="latent vectors a row (default: sequence_length)"
-        )
-        parser.link_arguments("sequence_length", "model.sequence_length")
-        parser.link_arguments("tokenizer", "model.tokenizer")
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        for part in ("latent_encoder", "latent_decoder", "token_decoder"):
-            parser.link_arguments("sequence_length", f"model.{part}.init_args.sequence_length")
-        for part in ("latent_encoder", "latent_decoder", "denoiser"):
-            parser.link_arguments(
-                ("num_latents", "sequence_length"),
-                f"model.{part}.init_args.num_latents",
-                compute_fn=lambda latents, tokens: tokens if latents is None else latents,
-            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read words and recipes, whose classes may be in the current folder."""
@@ -212,35 +141,139 @@ class LDLMCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint into the configuration: Lightning 2.6.6 merges its hyperparameters there."""
 
+    @abc.abstractmethod
+    def make_task(self, options: Namespace) -> LDLMTask:
+        """The task, of what the parser made of the command's options."""
+
     def instantiate_classes(self) -> None:
-        """Take the model from the checkpoint where there is one, and compare what was given with what it holds."""
+        """Make what is to run, and see whether it can."""
         trainer = self.config[self.config.subcommand].trainer
         if trainer.accelerator == "auto" and torch.backends.mps.is_available():
             trainer.accelerator = "cpu"  # Apple's GPUs have no float64, which the timesteps' statistics need
         super().instantiate_classes()
-        given = self.config[self.config.subcommand]
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self.config.subcommand == "predict":
-            check_output(given.output)
-            callbacks.append(ReconstructionWriter(given.output))
-        if self.stage:
-            self.model = self.config_init[self.config.subcommand].stage
-            move_encoder(self.model, given.encoder)
-        elif self.stored is not None:
-            self._take_stored(self.stored, given)
-        elif given.latents is not None:
-            callbacks.insert(0, FixedLatents(given.latents))  # before EMA asks what is trainable
+        self.model = self.make_task(self.config_init[self.config.subcommand])
         if self.config.subcommand == "fit":
-            last = given.get("ckpt_path") == "last"
+            last = self.config["fit"].get("ckpt_path") == "last"
             if last:
                 self.config_init["fit"].ckpt_path = last_of_run(self.trainer)
             if self.config_init["fit"].ckpt_path is None and (last or left_by_another_job(self.trainer)):
                 begin_anew(self.trainer)
-            check_encoder(self.model.token_encoder, self.model.tokenizer)  # now, and not after hours of packing
+            model = self.model.model
+            check_encoder(model.token_encoder, model.tokenizer)  # now, and not after hours of packing
 
-    def _take_stored(self, stored: LDLM, options: Namespace) -> None:
-        """Compare what was given with what the checkpoint holds."""
-        given = self.datamodule
+
+class Fit(Command):
+    """``ldlm fit``: a model and its task from the blocks ``model`` and ``training``."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """All four blocks."""
+        super().add_core_arguments_to_parser(parser)
+        parser.add_class_arguments(LDLM, "model")
+        parser.add_class_arguments(LDLMTask, "training", skip={"model"}, instantiate=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The options that model and data share."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--latents", type=str | None, default=None, help="checkpoint whose coders are taken, frozen (FixedLatents)"
+        )
+        parser.add_argument("--stage", type=dict, default=None, help="of fit-decoder; not used here")
+        parser.add_argument(
+            "--num_latents", type=int | None, default=None, help="latent vectors a row (default: sequence_length)"
+        )
+        parser.link_arguments("sequence_length", "model.sequence_length")
+        parser.link_arguments("tokenizer", "model.tokenizer")
+        parser.link_arguments("seed_everything", "training.seed", compute_fn=int)
+        for part in ("latent_encoder", "latent_decoder", "token_decoder"):
+            parser.link_arguments("sequence_length", f"model.{part}.init_args.sequence_length")
+        for part in ("latent_encoder", "latent_decoder", "denoiser"):
+            parser.link_arguments(
+                ("num_latents", "sequence_length"),
+                f"model.{part}.init_args.num_latents",
+                compute_fn=lambda latents, tokens: tokens if latents is None else latents,
+            )
+
+    def make_task(self, options: Namespace) -> LDLMTask:
+        """The recipe's."""
+        if options.latents is not None:
+            callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.insert(0, FixedLatents(options.latents))
+        return LDLMTask(options.model, **vars(options.training))
+
+
+class FitDecoder(Command):
+    """``ldlm fit-decoder``: another token decoder for the fixed latents of ``--stage.checkpoint``."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``stage`` says what is trained and ``training`` how; what a recipe says of the model is read past."""
+        super().add_core_arguments_to_parser(parser)
+        ours = {"objective": dict | None, "warmup_steps": int | None, "timestep_refresh": int | None}
+        parser.add_class_arguments(LDLMTask, "training", skip={"model", *ours}, instantiate=False)
+        parser.add_function_arguments(token_decoder_stage, "stage", instantiate=False)
+        parser.add_argument(
+            "--stage.token_fraction", type=float, default=1.0, help="share of the positions with cross-entropy"
+        )
+        unused = {f"training.{name}": kind for name, kind in ours.items()}
+        add_unused(parser, unused | {"model": dict, "num_latents": int | None, "latents": str | None})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The options that the stage and data share."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--encoder", type=str | None, default=None, help="where the token encoder is now")
+        parser.add_argument("--output", type=str | None, default=None, help="of predict; not used here")
+        parser.link_arguments("seed_everything", "training.seed", compute_fn=int)
+
+    def make_task(self, options: Namespace) -> LDLMTask:
+        """Of the checkpoint's model, with `TokenObjective`."""
+        stage, training = vars(options.stage).copy(), vars(options.training).copy()
+        for name in ("objective", "warmup_steps", "timestep_refresh"):
+            training.pop(name)
+        objective = TokenObjective(stage.pop("token_fraction"))
+        model = token_decoder_stage(**stage)
+        move_encoder(model, options.encoder)
+        return LDLMTask(model, objective, warmup_steps=0, **training)
+
+
+class Stored(Command):
+    """``ldlm validate | test | predict``: the task of a checkpoint, whatever a recipe says of it.
+
+    Args:
+        words: The command and its options.
+        checkpoint: The file; None where only help is asked for.
+    """
+
+    def __init__(self, words: list[str], checkpoint: str | None) -> None:
+        self.checkpoint = checkpoint
+        if checkpoint is None:
+            super().__init__(words)
+            return
+        self.stored = LDLMTask.load_from_checkpoint(checkpoint)
+        self.stored.eval()
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = self.stored.model.tokenizer
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            super().__init__(words, self.stored.model.sequence_length, folder)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a recipe says of model and training is read past."""
+        super().add_core_arguments_to_parser(parser)
+        unused = {"model": dict, "training": dict, "num_latents": int | None, "latents": str | None, "stage": dict}
+        add_unused(parser, unused)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Where things are, and go."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--encoder", type=str | None, default=None, help="where the token encoder is now")
+        parser.add_argument("--output", default="reconstructions.jsonl", help="of predict: file to write")
+
+    def make_task(self, options: Namespace) -> LDLMTask:
+        """The checkpoint's, once what was given is compared with what it holds."""
+        if self.config.subcommand == "predict":
+            check_output(options.output)
+            callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.append(ReconstructionWriter(options.output))
+        given, stored = self.datamodule, self.stored.model
         if given.sequence_length != stored.sequence_length:
             raise Fault(
                 f"--sequence_length {given.sequence_length}: {self.checkpoint} was trained with "
@@ -254,7 +287,13 @@ class LDLMCLI(LightningCLI):
                     f"with another, of {len(stored.tokenizer):,} tokens; leave the option out"
                 )
         move_encoder(stored, options.encoder)
-        self.model = stored
+        return self.stored
+
+
+def add_unused(parser: LightningArgumentParser, options: dict[str, Any]) -> None:
+    """Let a recipe say what a command does not read."""
+    for name, kind in options.items():
+        parser.add_argument(f"--{name}", type=kind, default=None, help="not used: the checkpoint describes its model")
 
 
 def find_detokenizer(name: Any) -> Any:
@@ -271,16 +310,16 @@ def find_detokenizer(name: Any) -> Any:
 
 def move_encoder(model: LDLM, folder: str | None) -> None:
     """Tell a model where its token encoder's files are now."""
-    if folder is not None and isinstance(model.token_encoder, encoders.FrozenTokenEncoder):
+    if folder is not None and isinstance(model.token_encoder, FrozenTokenEncoder):
         model.token_encoder.model = folder
 
 
-def run(words: list[str], command: type[LDLMCLI] = LDLMCLI) -> LDLMCLI:
+def run(words: list[str], fit: type[Fit] = Fit) -> Command:
     """Run one of Lightning's commands.
 
     Args:
         words: The command and its options.
-        command: What reads them and does something with the model, the data and the Trainer that they make.
+        fit: What reads the words of ``fit``.
 
     Raises:
         Fault: If something is wrong that the user can mend.
@@ -298,20 +337,20 @@ def run(words: list[str], command: type[LDLMCLI] = LDLMCLI) -> LDLMCLI:
     if checkpoint == "last" and not fitting:
         raise Fault(f"--ckpt_path last is for fit: give {words[0]} the folder of the run, such as ldlm_runs/quickstart")
     if fitting and named:
-        read_checkpoint(str(checkpoint))  # before LightningCLI opens it; LDLMCLI reads it for the other commands
+        read_checkpoint(str(checkpoint))  # before LightningCLI opens it; `Stored` reads it for the other commands
     if not fitting and checkpoint is None and not {"-h", "--help", "--print_config"} & {*words}:
         raise Fault(f"{words[0]} needs a model: give --ckpt_path CHECKPOINT")
     try:
-        return command(
-            ["fit" if fitting else words[0], *words[1:]],
-            checkpoint if named and not fitting else None,
-            words[0] == "fit-decoder",
-        )
+        if words[0] == "fit":
+            return fit(words)
+        if words[0] == "fit-decoder":
+            return FitDecoder(["fit", *words[1:]])
+        return Stored(words, checkpoint if named else None)
     except (MisconfigurationException, ValueError) as error:
         raise Fault(explain(str(error), [], CLASSES)) from error
 
 
-class Prepared(LDLMCLI):
+class Prepared(Fit):
     """Makes what ``ldlm fit`` would run, and leaves running it to others."""
 
     def before_instantiate_classes(self) -> None:
@@ -322,7 +361,7 @@ class Prepared(LDLMCLI):
         """LightningCLI calls this in place of the Trainer's."""
 
 
-def prepare_fit(words: list[str]) -> tuple[LDLM, L.Trainer, PackedTextDataModule]:
+def prepare_fit(words: list[str]) -> tuple[LDLMTask, L.Trainer, PackedTextDataModule]:
     """What ``ldlm fit`` with these words would run, without a tokenizer."""
     made = run(["fit", *words], Prepared)
     return made.model, made.trainer, made.datamodule

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldlm.model import LDLM
-from ldlm.objective import normal_like
+from ldlm.objective import denoising_loss, normal_like
 from ldlm.rng import generator
 from ldlm.tokenizer import bos_id, eos_id, token_id_function, unknown_id
 
@@ -46,7 +46,7 @@ def measure_latents(
             "seed": seed,
             "sigma_dec": model.sigma_dec,
             "interpolation": interpolation(model, z, perplexity, seed, batch_size),
-            "loss_over_time": loss_over_time(model, z, seed, batch_size) if model.diffusion_weight > 0 else None,
+            "loss_over_time": loss_over_time(model, z, seed, batch_size),
             "reconstruction": reconstruction(model, z, tokens.to(model.device), seed, batch_size),
             "spectrum": spectrum(z),
         }
@@ -122,7 +122,7 @@ def loss_over_time(model: LDLM, z: Tensor, seed: int, batch_size: int) -> dict[s
         total = torch.zeros((), dtype=torch.float64, device=z.device)
         for number, part in enumerate(torch.split(z, batch_size)):
             noise = generator(seed, "loss over time", number, device=z.device)
-            total += model.diffusion_rows(part, u.to(part).expand(len(part)), noise).double().sum()
+            total += denoising_loss(model, part, u.to(part).expand(len(part)), noise).double().sum()
         losses.append(total / len(z))
     adapted = model.timesteps.cdf(times)
     return {"u": times.tolist(), "adapted": adapted.tolist(), "loss": torch.stack(losses).tolist()}

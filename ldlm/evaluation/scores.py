@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerBase
 from ldlm._files import short
 from ldlm.data.corpus import FileCorpus
 from ldlm.evaluation.report import Shown
-from ldlm.generation import scored_fields
 from ldlm.hub import resolve
 from ldlm.metrics.generative_perplexity import FEW_TEXTS, GenerativePerplexity
 from ldlm.metrics.mauve import Mauve
@@ -34,6 +33,7 @@ from ldlm.metrics.memorisation import Memorisation
 from ldlm.metrics.protocols import find_protocol
 from ldlm.metrics.scorer import FEATURE_TOKENS, Scorer
 from ldlm.metrics.text import NGramDiversity, UnigramEntropy
+from ldlm.model import scored_fields
 from ldlm.tokenizer import boundary_tokens, join_documents
 
 DRAWS = 1000  # of the bootstrap, as is usual

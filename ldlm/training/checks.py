@@ -1,4 +1,4 @@
-"""What the parts of a model, and its data, must agree on, so that a misfit is named and not met in a matrix product.
+"""What a model, its data and its Trainer must agree on, so that a misfit is named before the first step.
 
 In: parts, a tokenizer, a data module, a loader's batch. Out: nothing, the batch's token ids, or a ValueError in one
 sentence. No section of the paper.
@@ -22,11 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ldlm.data.datamodule import PackedTextDataModule
-from ldlm.nn.denoiser import Denoiser
-from ldlm.nn.latent_coders import LatentDecoder, LatentEncoder
-from ldlm.nn.token_decoders import TokenDecoder
 from ldlm.nn.token_encoders import FrozenTokenEncoder, TokenEncoder
-from ldlm.tokenizer import name_tokenizer, packed_vocabulary_size, tokenizer_digest, vocabulary_size
+from ldlm.tokenizer import name_tokenizer, tokenizer_digest
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 AVERAGING = "averages weights where neither validation nor checkpoints here would look: use ldlm.EMA"
@@ -46,44 +43,6 @@ REFUSED = {
     StochasticWeightAveraging: AVERAGING,
     WeightAveraging: AVERAGING,
 }
-
-
-def check_parts(
-    token_encoder: TokenEncoder,
-    encoder: LatentEncoder,
-    denoiser: Denoiser,
-    decoder: LatentDecoder,
-    token_decoder: TokenDecoder,
-    tokenizer: PreTrainedTokenizerBase | None,
-    reconstructs: bool,
-) -> None:
-    """Compare the sizes that the parts have in common, and the tokenizer's vocabulary with the encoder's.
-
-    A model that reconstructs hidden states decodes into their width; others may use any.
-    """
-    width = token_encoder.hidden_size if reconstructs else decoder.hidden_size
-    for one, other, what in [
-        (token_encoder.hidden_size, encoder.hidden_size, "token_encoder and latent_encoder: hidden_size"),
-        (width, decoder.hidden_size, "token_encoder and latent_decoder: hidden_size"),
-        (decoder.hidden_size, token_decoder.hidden_size, "latent_decoder and token_decoder: hidden_size"),
-        (token_encoder.vocab_size, token_decoder.vocab_size, "both token coders: vocab_size"),
-        (encoder.latent_size, denoiser.latent_size, "latent_encoder and denoiser: latent_size"),
-        (encoder.latent_size, decoder.latent_size, "latent_encoder and latent_decoder: latent_size"),
-        (encoder.num_latents, denoiser.num_latents, "latent_encoder and denoiser: num_latents"),
-        (encoder.num_latents, decoder.num_latents, "latent_encoder and latent_decoder: num_latents"),
-    ]:
-        if one != other:
-            raise ValueError(f"{what} differs, {one} and {other}: give both the same")
-    if tokenizer is None:
-        return
-    known = token_encoder.vocab_size
-    # Some models pad their vocabulary a little; a tokenizer that is much smaller is another model's. Ids of special
-    # tokens may be too large: no text has them. Those that every row has, BOS and EOS, may not.
-    if vocabulary_size(tokenizer) < 0.95 * known or packed_vocabulary_size(tokenizer) > known:
-        raise ValueError(
-            f"the tokenizer has {vocabulary_size(tokenizer)} tokens, but the token encoder knows {known}: "
-            "use the tokenizer that belongs to the encoder"
-        )
 
 
 def check_data(data: PackedTextDataModule, sequence_length: int, tokenizer: PreTrainedTokenizerBase | None) -> None:

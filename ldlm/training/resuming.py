@@ -6,6 +6,7 @@ No section of the paper.
 """
 
 import abc
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -34,9 +35,10 @@ APPLIED = (
     "max_steps",
     "max_epochs",
 )
-# What one of the two runs may be without. (That averaging ends is refused by `Storage`.)
-OPTIONAL = ("EMA.decay", "tokenizer")
-FREE = ("sampler", "grid", "batches", "job")  # training does not depend on them
+# What one of the two runs may be without. (That averaging ends is refused by `LDLMTask`.)
+OPTIONAL = ("EMA.decay", "tokenizer", "frozen")
+# Training does not depend on them, or on what a callback of the trainer's own was told in their place, which is recorded.
+FREE = ("sampler", "grid", "batches", "job", "warmup_steps", "timestep_refresh")
 
 
 class Recorded(L.Callback, abc.ABC):
@@ -98,7 +100,10 @@ def check_resumed(
     Raises:
         ValueError: If something differs that must not, naming both values; or if ``allowed`` has an unknown name.
     """
-    old, new = (flat(told["model"]["init_args"]) | read_run(told) for told in (checkpoint["ldlm"], about))
+    old, new = (
+        flat(told["model"]["init_args"]) | flat(read_training(told)) | read_run(told)
+        for told in (checkpoint["ldlm"], about)
+    )
     if isinstance(encoder, FrozenTokenEncoder) and old.get("token_encoder.sha256") is not None:
         encoder.frozen()
         new["token_encoder.sha256"] = encoder.sha256
@@ -129,9 +134,17 @@ def check_resumed(
         others = [f"{other} ({values[0]}, {values[1]})" for other, values in refused.items() if other != name]
         raise ValueError(
             f"the checkpoint's run has {name} {was} and this one would go on with {now}: give the same, or insist with "
-            f"allow_changes={[*refused]} of the model (of fit-decoder's stage), --model.allow_changes "
+            f"allow_changes={[*refused]} of the task, --training.allow_changes "
             f"[{', '.join(refused)}]{'; different too: ' if others else ''}{', '.join(others)}"
         )
+
+
+def read_training(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the task that wrote a description's file, by name; ValueError if it does not say them."""
+    training = about.get("training")
+    if not isinstance(training, dict) or not isinstance(arguments := training.get("init_args"), dict):
+        raise ValueError("the checkpoint does not say how its model was trained: training cannot go on from it")
+    return arguments
 
 
 def read_run(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,3 +254,35 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tupl
 
 def _covers(word: str, name: str) -> bool:
     return name == word or name.startswith(f"{word}.")
+
+
+def align_progress(trainer: L.Trainer, counted: tuple[int, float] | None) -> None:
+    """Make Lightning count this run's calls, and not those of the run that it continues.
+
+    Lightning 2.6.6 counts the calls of an epoch, of which another number of accumulated batches or of rows makes
+    more or fewer. The same share of the epoch is counted as done, in complete steps: a checkpoint may have been
+    written between two accumulated batches (by ``train_time_interval``, or in the first step after resuming), whose
+    gradient is in no checkpoint, so that their step is begun anew.
+
+    Args:
+        trainer: At the start of its training.
+        counted: Accumulated batches, and calls of an epoch, of the run that is resumed; None in a new one.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress
+    parts, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    parts_then, batches_then = counted or (parts, batches)
+    ready = progress.current.ready
+    before, done = progress.total.ready - ready, ready - ready % parts_then
+    if progress.is_last_batch:  # the last batch of an epoch is stepped on whatever was accumulated
+        done = ready
+    if math.inf not in (batches, batches_then):
+        before, done = before * int(batches) // int(batches_then), done * int(batches) // int(batches_then)
+    if not progress.is_last_batch:
+        done -= done % parts
+        if ready % parts_then and loop.restarted_on_train_batch_end:
+            loop._batches_that_stepped -= 1  # the step of the loggers, which Lightning takes for made
+    for counts, now in ((vars(progress.current), done), (vars(progress.total), before + done)):
+        shift = now - counts["ready"]
+        for name in counts:  # ready, started, processed, completed
+            counts[name] += shift

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ldlm.data.datamodule import PackedTextDataModule
-from ldlm.training.optim import Optimisation, expect
+from ldlm.model import LDLM
+from ldlm.training.outputs import model_of, step_output
 
 SHOWN = 32  # rows and times that an error lists
 # torch.amp.GradScaler starts at 2^16 and halves at each overflow: so many skipped steps in a row are its way to 1.
@@ -88,31 +89,32 @@ class SkippedSteps(L.Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Once an optimizer step, after its last micro-step."""
-        model, step = expect(pl_module, Optimisation), trainer.global_step
-        if step == self._step or model.skipped is None:
+        output, step = step_output(outputs), trainer.global_step
+        if step == self._step:
             return
         self._step = step
+        skipped = output["skipped"]
         total, row, most, last = self._counts
-        row = (row + 1) * model.skipped
-        bad = model.skipped > 0
+        row = (row + 1) * skipped
+        bad = skipped > 0
         self._counts = torch.stack(
-            [total + model.skipped, row, torch.maximum(most, row), torch.where(bad, float(step - 1), last)]
+            [total + skipped, row, torch.maximum(most, row), torch.where(bad, float(step - 1), last)]
         )
         # The last batch of an epoch may be smaller: of times of two lengths the shorter ones end in NaN.
-        times, before = pad_sequence([model.times, self._times], batch_first=True, padding_value=math.nan)
+        times, before = pad_sequence([output["times"], self._times], batch_first=True, padding_value=math.nan)
         self._times = torch.where(bad, times, before)
-        model.log("train/skipped_steps", self._counts[0])
+        pl_module.log("train/skipped_steps", self._counts[0])
         if step >= self._next:
-            self._look(trainer, model, self._later.read())
+            self._look(trainer, self._later.read())
             self._later.send(self._counts)
             self._next = step + self.every_n_steps
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the counts of the last steps too."""
-        self._look(trainer, expect(pl_module, Optimisation), self._counts.tolist())
+        self._look(trainer, self._counts.tolist())
 
     def state_dict(self) -> dict[str, Any]:
         """The number of updates left out, which a resumed run counts on from."""
@@ -122,7 +124,7 @@ class SkippedSteps(L.Callback):
         """Count on."""
         self._counts[0] = state_dict["skipped_steps"]
 
-    def _look(self, trainer: L.Trainer, model: Optimisation, counts: list[float] | None) -> None:
+    def _look(self, trainer: L.Trainer, counts: list[float] | None) -> None:
         if counts is None:
             return
         total, _, most, last = counts
@@ -160,49 +162,52 @@ class LatentMonitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask the schedule once what it takes to be seen."""
-        model = expect(pl_module, Optimisation)
+        model = model_of(pl_module)
         ends = torch.tensor([0.01, 0.99], device=model.device)
         self._low, self._high = (model.schedule.sigma(ends) / model.schedule.alpha(ends)).tolist()
         self._next, self._later, self._warned = trainer.global_step + self.every_n_steps, DeferredRead(), set[str]()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Now and then, read what was sent off an interval ago."""
-        model = expect(pl_module, Optimisation)
-        if trainer.global_step < self._next or model.gamma is None or model.diffusion_weight == 0:
+        output, model = step_output(outputs), model_of(pl_module)
+        if trainer.global_step < self._next or output["rows"] is None:
             return
         self._next = trainer.global_step + self.every_n_steps
+        told = "token" in output["terms"]
+        decodes = model.sigma_dec > 0 and bool(output["terms"].keys() - {"diffusion"})
         if (values := self._later.read()) is not None:
-            warning = self._diagnosis(model, *values)
+            warning = self._diagnosis(model, *values, decodes, told)
             if warning is not None and warning[0] not in self._warned:
                 self._warned.add(warning[0])
                 rank_zero_warn(f"step {trainer.global_step}: {warning[0]}: {warning[1]}")
-        if "train/latent_std" not in model.logged:
+        if (std := output["latent_std"]) is None:
             return
         # The cross-entropy as a share of guessing's.
-        error = model.logged.get("train/token", model.gamma) / math.log(model.token_encoder.vocab_size)
-        self._later.send(torch.stack([model.logged["train/latent_std"], model.gamma, error]))
+        error = output["terms"].get("token", output["gamma"]) / math.log(model.token_encoder.vocab_size)
+        self._later.send(torch.stack([std, output["gamma"], error]))
 
-    def _diagnosis(self, model: Optimisation, std: float, gamma: float, error: float) -> tuple[str, str] | None:
+    def _diagnosis(
+        self, model: LDLM, std: float, gamma: float, error: float, decodes: bool, told: bool
+    ) -> tuple[str, str] | None:
         m, d = model.latent_encoder.num_latents, model.latent_encoder.latent_size
-        decodes = model.sigma_dec > 0 and model.reconstruction_weight + model.token_weight > 0
         return diagnosis(
             std,
             gamma,
-            error if "train/token" in model.logged else None,
+            error if told else None,
             (self._low, self._high),
             model.sigma_dec if decodes else None,
             m * d / model.sequence_length,
         )
 
 
-def spread_over_rows(z0: Tensor) -> dict[str, Tensor]:
-    """``train/latent_std`` of latents [b m d], the root mean square over positions and coordinates; none for one row.
+def spread_over_rows(z0: Tensor) -> Tensor | None:
+    """``train/latent_std`` of latents [b m d], the root mean square over positions and coordinates; None for one row.
 
     The mean square and no other mean, because it bounds what a Gaussian channel of these coordinates can carry.
     """
-    return {"train/latent_std": z0.var(dim=0).mean().sqrt()} if len(z0) > 1 else {}
+    return z0.var(dim=0).mean().sqrt() if len(z0) > 1 else None
 
 
 def diagnosis(

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from helpers import ROOT
-from helpers.tiny import LENGTH, make_data, make_model, make_trainer
-from ldlm.model import LDLM
+from helpers.tiny import LENGTH, make_data, make_task, make_trainer
+from ldlm.objective import TokenObjective
 from ldlm.training.callbacks.ema import EMA
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
-from ldlm.training.stages import TokenDecoderStage
+from ldlm.training.stages import token_decoder_stage
+from ldlm.training.task import LDLMTask
 
 FILE = ROOT / "tests" / "data" / "recorded.json"
 STEPS = 20
@@ -62,34 +61,33 @@ class Losses(L.Callback):
                 file.write(f"{float(outputs['loss']).hex()}\n")
 
 
-def fit(folder: Path, task: L.LightningModule, callbacks: list[L.Callback], **trainer: Any) -> dict[str, Any]:
+def fit(folder: Path, task: LDLMTask, callbacks: list[L.Callback], **trainer: Any) -> dict[str, Any]:
     losses = folder / "losses"
     make_trainer(folder, [*callbacks, Losses(losses)], max_steps=STEPS, **trainer).fit(task, make_data(folder))
-    model = task
-    assert isinstance(model, LDLM)
+    model = task.model
     ids = model.sample_tokens(3, nfe=4, seed=1, batch_size=3).tolist()
     return {"losses": losses.read_text().split(), "weights": digest(model.state_dict()), "ids": ids}
 
 
-def callbacks() -> list[L.Callback]:
-    return [DiffusionToEncoderWarmup(10), AdaptiveTimestepUpdate(5)]
+def task() -> LDLMTask:
+    return make_task(warmup_steps=10, timestep_refresh=5)
 
 
 def stage(folder: Path) -> dict[str, Any]:
-    trainer = make_trainer(folder, callbacks(), max_steps=2)
-    trainer.fit(make_model(), make_data(folder))
+    trainer = make_trainer(folder, [], max_steps=2)
+    trainer.fit(task(), make_data(folder))
     trainer.save_checkpoint(folder / "first.ckpt")
     torch.manual_seed(1)
-    task = TokenDecoderStage(str(folder / "first.ckpt"), layers=1, heads=2, latent_decoder=None, lr_warmup_steps=0)
-    return fit(folder, task, [])
+    model = token_decoder_stage(str(folder / "first.ckpt"), layers=1, heads=2)
+    return fit(folder, LDLMTask(model, TokenObjective(), warmup_steps=0, lr_warmup_steps=0), [])
 
 
 CASES = {
-    "joint": lambda folder: fit(folder, make_model(), callbacks()),
-    "EMA": lambda folder: fit(folder, make_model(), [*callbacks(), EMA(0.9)]),
-    "accumulated": lambda folder: fit(folder, make_model(), callbacks(), accumulate_grad_batches=2),
+    "joint": lambda folder: fit(folder, task(), []),
+    "EMA": lambda folder: fit(folder, task(), [EMA(0.9)]),
+    "accumulated": lambda folder: fit(folder, task(), [], accumulate_grad_batches=2),
     "token decoder alone": stage,
-    "two ranks": lambda folder: fit(folder, make_model(), callbacks(), devices=2, strategy="ddp_spawn"),
+    "two ranks": lambda folder: fit(folder, task(), [], devices=2, strategy="ddp_spawn"),
 }
 
 

@@ -1,5 +1,6 @@
 """A language model of a few thousand weights with every part of the real one, and what it takes to train it."""
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from ldlm.nn.latent_coders import PerceiverResamplerDecoder, PerceiverResamplerE
 from ldlm.nn.layers import Block
 from ldlm.nn.token_decoders import LinearTokenDecoder
 from ldlm.nn.token_encoders import TokenEncoder
+from ldlm.objective import JointObjective
+from ldlm.training.task import LDLMTask
 
 VOCAB, HIDDEN, LENGTH, LATENT = 40, 16, 8, 12
 WORDS = [f"word{i}" for i in range(VOCAB - 3)]
@@ -129,15 +132,30 @@ def make_model(seed: int = 0, shake: float = 0.1, **changes: Any) -> LDLM:
         "token_decoder": LinearTokenDecoder(HIDDEN, VOCAB),
         "sequence_length": LENGTH,
         "sigma_dec": 1.0,
-        "statistics_rows": 8,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
     }
     model = LDLM(**(parts | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(shake * torch.randn_like(parameter))
     return model
+
+
+OBJECTIVE, MODEL = (set(inspect.signature(kind).parameters) for kind in (JointObjective, LDLM))
+
+
+def make_task(seed: int = 0, shake: float = 0.1, model: LDLM | None = None, **changes: Any) -> LDLMTask:
+    """A tiny LDLMTask; each change goes to the model, the `JointObjective` or the task, whichever takes it.
+
+    Without a warm-up, unless ``warmup_steps`` are given.
+    """
+    if model is None:
+        parts = {name: changes.pop(name) for name in MODEL & changes.keys()}
+        model = make_model(seed, shake, **parts)
+    objective = changes.pop("objective", None)
+    if objective is None:
+        objective = JointObjective(**{name: changes.pop(name) for name in OBJECTIVE & changes.keys()})
+    defaults = {"warmup_steps": 0, "statistics_rows": 8, "learning_rate": 1e-3, "lr_warmup_steps": 0}
+    return LDLMTask(model, objective, **(defaults | changes))
 
 
 def make_trainer(folder: Path, callbacks: list[L.Callback], **changes: Any) -> L.Trainer:
@@ -159,7 +177,7 @@ def make_trainer(folder: Path, callbacks: list[L.Callback], **changes: Any) -> L
 def save_both(model: LDLM, folder: Path) -> None:
     """Write ``whole.ckpt`` and ``export`` of a model that no run trained."""
     trainer = make_trainer(folder, [])
-    trainer.strategy.connect(model)
+    trainer.strategy.connect(LDLMTask(model, warmup_steps=0))
     trainer.strategy.checkpoint_io = CheckpointFiles()
     trainer.save_checkpoint(folder / "whole.ckpt")
     model.save_pretrained(folder / "export")

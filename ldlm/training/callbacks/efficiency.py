@@ -12,7 +12,7 @@ from torch import nn
 from ldlm.nn.compile import check_mode, compile_blocks, release_blocks
 from ldlm.nn.layers import Block
 from ldlm.nn.token_encoders import FrozenTokenEncoder
-from ldlm.training.callbacks.ema import as_ldlm
+from ldlm.training.outputs import model_of
 
 
 class CompileBlocks(L.Callback):
@@ -46,7 +46,7 @@ class CompileBlocks(L.Callback):
             release_blocks(module)
 
     def _modules(self, module: L.LightningModule) -> list[nn.Module]:
-        encoder = as_ldlm(module).token_encoder
+        encoder = model_of(module).token_encoder
         if self.token_encoder and isinstance(encoder, FrozenTokenEncoder):
             return [module, encoder.frozen()]
         return [module]

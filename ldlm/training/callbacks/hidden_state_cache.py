@@ -23,7 +23,7 @@ from ldlm.checkpoints.description import describe
 from ldlm.data.datamodule import PackedTextDataModule
 from ldlm.data.rows import PackedRows
 from ldlm.nn.token_encoders import DTYPES, FrozenTokenEncoder, TokenEncoder
-from ldlm.training.callbacks.ema import as_ldlm
+from ldlm.training.outputs import model_of
 from ldlm.training.preemption import check_signals
 from ldlm.training.resuming import Recorded
 
@@ -70,7 +70,7 @@ class CacheHiddenStates(Recorded):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """One process of each machine writes the file if it is not there; all of them map it."""
-        encoder, data = as_ldlm(pl_module).token_encoder, trainer.datamodule  # type: ignore[attr-defined]
+        encoder, data = model_of(pl_module).token_encoder, trainer.datamodule  # type: ignore[attr-defined]
         if any(p.requires_grad for p in encoder.parameters()):
             raise ValueError(f"CacheHiddenStates is for a frozen token encoder, and {type(encoder).__name__} learns")
         if not isinstance(data, PackedTextDataModule):
@@ -108,7 +108,7 @@ class CacheHiddenStates(Recorded):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compute hidden states again."""
-        as_ldlm(pl_module).token_encoder.stored = None
+        model_of(pl_module).token_encoder.stored = None
 
 
 class StoredStates:

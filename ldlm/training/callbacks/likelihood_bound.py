@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ldlm.likelihood import AUGMENTED, Terms, likelihood_terms
 from ldlm.rng import generator
-from ldlm.training.callbacks.ema import as_ldlm
+from ldlm.training.outputs import model_of
+from ldlm.training.task import task_of
 
 
 class LikelihoodBound(L.Callback):
@@ -64,8 +65,8 @@ class LikelihoodBound(L.Callback):
         """Add a batch's nats. The noise is a function of (seed, batch, rank), the same after each epoch."""
         if len(batch) == 0:  # this rank's share of the last batch
             return
-        model = as_ldlm(pl_module)
-        noise = generator(model.seed, "likelihood", batch_idx, trainer.global_rank, device=model.device)
+        model, seed = model_of(pl_module), task_of(pl_module).seed
+        noise = generator(seed, "likelihood", batch_idx, trainer.global_rank, device=model.device)
         with trainer.precision_plugin.forward_context():
             terms = likelihood_terms(model, batch, noise, self.tau, self.sigma_rec, self.samples)
         nats = torch.stack(terms).sum(dim=2).mean(dim=1)  # of the batch, for each term: [3]
@@ -74,7 +75,7 @@ class LikelihoodBound(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sum over ranks and log, while `EMA` has the averaged parameters in place."""
-        model = as_ldlm(pl_module)
+        model = model_of(pl_module)
         *nats, variance, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum")
         terms = Terms(*(term / tokens for term in nats))
         values = terms._asdict() | {"token_bound": terms.token_bound, "token_bound_error": variance.sqrt() / tokens}

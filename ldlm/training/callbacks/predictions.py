@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ldlm._files import is_special, visible, write_atomically
-from ldlm.training.callbacks.ema import as_ldlm
+from ldlm.training.outputs import model_of
 
 
 class ReconstructionWriter(L.Callback):
@@ -37,7 +37,7 @@ class ReconstructionWriter(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Collect one batch."""
-        model = as_ldlm(pl_module)
+        model = model_of(pl_module)
         for row, again in zip(model.to_lines(batch), model.to_lines(outputs, "reconstruction"), strict=True):
             self._lines.append(json.dumps(row | again, ensure_ascii=False))
 

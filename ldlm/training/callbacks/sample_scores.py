@@ -13,7 +13,7 @@ from ldlm.metrics.protocols import find_protocol
 from ldlm.metrics.scorer import Scorer, load_scorer
 from ldlm.metrics.text import NGramDiversity, UnigramEntropy
 from ldlm.model import LDLM
-from ldlm.training.callbacks.ema import as_ldlm
+from ldlm.training.outputs import model_of
 
 
 class ScoreSamples(L.Callback):
@@ -61,7 +61,7 @@ class ScoreSamples(L.Callback):
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
-        values = self._scores(trainer, as_ldlm(pl_module), self._loaded) if self._loaded is not None else {}
+        values = self._scores(trainer, model_of(pl_module), self._loaded) if self._loaded is not None else {}
         values = trainer.strategy.broadcast(values)
         # All ranks have the same by now, but without sync_dist Lightning would warn.
         pl_module.log_dict({f"validation/{name}": value for name, value in values.items()}, sync_dist=True)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ldlm.checkpoints.description import describe
-from ldlm.training.callbacks.ema import as_ldlm
+from ldlm.training.outputs import model_of, step_output
 from ldlm.training.resuming import Recorded
 
 
 class AdaptiveTimestepUpdate(Recorded):
     """Feeds each step's losses into the timestep sampler and recomputes its density now and then.
+
+    A task brings one itself, of its ``timestep_refresh``.
 
     Args:
         every_n_steps: Optimizer steps between refreshes; the paper's 5,000 is 0.5 to 1 % of its runs.
@@ -34,28 +36,20 @@ class AdaptiveTimestepUpdate(Recorded):
         """All arguments."""
         return dict(describe(self, kind=AdaptiveTimestepUpdate)["init_args"])
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the model that its timesteps are looked after."""
-        as_ldlm(pl_module).refresh_every = self.every_n_steps
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the step, which a resumed run knows only now; forget the half step of a fit that failed."""
         self._step = trainer.global_step
-        if as_ldlm(pl_module).diffusion_weight > 0:
-            as_ldlm(pl_module).timesteps.synchronize(torch.ones((), device=pl_module.device))
+        model_of(pl_module).timesteps.synchronize(torch.ones((), device=pl_module.device))
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Tensor, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Once an optimizer step, after its last micro-step; never where no diffusion loss is observed."""
-        if trainer.global_step == self._step or as_ldlm(pl_module).diffusion_weight == 0:
+        output = step_output(outputs)
+        if trainer.global_step == self._step or output["rows"] is None:
             return
         self._step = trainer.global_step
-        timesteps = as_ldlm(pl_module).timesteps
-        timesteps.synchronize(as_ldlm(pl_module).skipped)
+        timesteps = model_of(pl_module).timesteps
+        timesteps.synchronize(output["skipped"])
         if self._step % self.every_n_steps == 0:
             timesteps.refresh()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say that nobody looks after the timesteps any more."""
-        as_ldlm(pl_module).refresh_every = None

@@ -23,8 +23,8 @@ from torch import Tensor
 from ldlm._files import visible
 from ldlm.model import LDLM
 from ldlm.plots import gamma_curve, loss_over_time
-from ldlm.training.callbacks.ema import as_ldlm
 from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.outputs import model_of
 
 CURVE_BINS = 20  # held-out rows are few: fewer bins than the timestep sampler's
 
@@ -62,7 +62,7 @@ class FigureLogger(L.Callback):
         seen = self._sums[1] > 0
         if seen.any():
             u = ((torch.arange(CURVE_BINS) + 0.5) / CURVE_BINS)[seen].double()
-            adapted = as_ldlm(pl_module).timesteps.cdf(u.to(pl_module.device)).cpu()
+            adapted = model_of(pl_module).timesteps.cdf(u.to(pl_module.device)).cpu()
             loss = (self._sums[0] / self._sums[1])[seen]
             figure = loss_over_time(u.tolist(), adapted.tolist(), loss.tolist())
             writer.add_figure("loss over time", figure, trainer.global_step)
@@ -89,7 +89,7 @@ class SampleLogger(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rank 0 generates, while `EMA` has the averaged parameters in place; the others go on."""
-        model = as_ldlm(pl_module)
+        model = model_of(pl_module)
         writer = tensorboard(trainer)
         if writer is None or trainer.sanity_checking or model.tokenizer is None:
             return
@@ -146,13 +146,13 @@ class ShowSamples(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rank 0 prints."""
-        model = as_ldlm(pl_module)
+        model = model_of(pl_module)
         if trainer.global_rank or model.tokenizer is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         texts = sample_texts(trainer, model, self.num_samples, self.nfe, self.seed)
         console = Console()
         table = Table("generated", "real", title=f"after {trainer.global_step} steps", show_lines=True, expand=True)
-        for generated, real in zip(texts, self._real(trainer, model), strict=False):
+        for generated, real in zip(texts, self._real(trainer, pl_module), strict=False):
             table.add_row(Text(visible(generated)), Text(visible(real)))
         console.print(table)
         best = checkpoint_path(trainer)
@@ -164,12 +164,13 @@ class ShowSamples(L.Callback):
             where = visible(shlex.quote(writer.log_dir))
             console.print(Text(f"Look at it:     tensorboard --logdir {where}"), soft_wrap=True)
 
-    def _real(self, trainer: L.Trainer, model: LDLM) -> list[str]:
+    def _real(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         """Texts of the first batch of the first loader that has one, held-out rows before those trained on."""
         given = [loaders for loaders in (trainer.val_dataloaders, trainer.train_dataloader) if loaders is not None]
         for loader in CombinedLoader(given, mode="sequential").flattened:
             for batch in loader:
-                return model.to_text(model._on_before_batch_transfer(batch)[: self.num_samples])
+                tokens = pl_module._on_before_batch_transfer(batch)
+                return model_of(pl_module).to_text(tokens[: self.num_samples])
         return []
 
 

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ldlm.checkpoints.description import describe
-from ldlm.training.callbacks.ema import as_ldlm
 from ldlm.training.resuming import Recorded
 
 
@@ -35,7 +34,7 @@ def warmup_gamma(step: int, steps: int, gamma_min: float = 0.0, k: float = 10.0,
 
 
 class DiffusionToEncoderWarmup(Recorded):
-    """Sets the model's gamma from the step: Eq. 30.
+    """Sets the task's gamma from the step: Eq. 30. A task brings one itself, of its ``warmup_steps``.
 
     Args:
         steps: Length S of the warm-up in optimizer steps; 0 lets the whole gradient through from the start.
@@ -66,21 +65,18 @@ class DiffusionToEncoderWarmup(Recorded):
         return warmup_gamma(step, self.steps, self.gamma_min, self.k, self.c)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the model its gamma, and warn if the warm-up outlasts the run."""
-        model = as_ldlm(pl_module)
+        """Give the task its gamma, and warn if the warm-up outlasts the run."""
         end = trainer.estimated_stepping_batches
         if 0 < end < self.steps:
             rank_zero_warn(
                 f"the warm-up of {self.steps} steps is longer than the run of {end}: gamma ends at "
                 f"{self.gamma(int(end)):.2g} and the encoder hardly meets the diffusion loss"
             )
-        model.gamma = torch.tensor(self.gamma(trainer.global_step), device=model.device)
+        pl_module.get_buffer("gamma").fill_(self.gamma(trainer.global_step))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Tensor, batch_idx: int
     ) -> None:
         """Gamma of this step, written in place."""
-        model = as_ldlm(pl_module)
-        if model.gamma is not None:
-            model.gamma.fill_(self.gamma(trainer.global_step))
-            model.log("train/gamma", model.gamma)  # as a tensor: a number would be copied to the device and waited for
+        gamma = pl_module.get_buffer("gamma").fill_(self.gamma(trainer.global_step))
+        pl_module.log("train/gamma", gamma)  # as a tensor: a number would be copied to the device and waited for
