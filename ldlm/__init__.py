@@ -113,7 +113,7 @@ _PLACES = {
 _MODULES = ("metrics", "testing")
 _HOMES = {name: module for module, names in _PLACES.items() for name in names.split()}
 
-__all__ = sorted([*_HOMES, *_MODULES])  # noqa: PLE0605
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:

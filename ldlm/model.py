@@ -31,7 +31,6 @@ from ldlm.rng import generator
 from ldlm.tokenizer import (
     join_documents,
     load_tokenizer,
-    name_tokenizer,
     packed_vocabulary_size,
     split_documents,
     vocabulary_size,
@@ -315,7 +314,7 @@ class LDLM(nn.Module):
     def __repr__(self) -> str:
         """The parts, their sizes and their parameters, one line each."""
         encoder = self.latent_encoder
-        tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {name_tokenizer(self.tokenizer)}"
+        tokenizer = "no tokenizer" if self.tokenizer is None else f"a tokenizer of {vocabulary_size(self.tokenizer):,}"
         lines = [
             f"{type(self).__name__} of {self.sequence_length} tokens in {encoder.num_latents} latents of "
             f"{encoder.latent_size} numbers, {tokenizer}, {count_parameters(self):,} parameters",

@@ -53,8 +53,8 @@ class Objective(abc.ABC):
             source: Draws all noise, on its own device: one generator for the batch, or one for each row.
         """
 
-    def prepare(self, model: LDLM) -> None:
-        """Check that a model suits, and freeze what gets no gradient, before it is trained: a hook, empty here.
+    def prepare(self, model: LDLM) -> None:  # noqa: B027  # a hook
+        """Check that a model suits, and freeze what gets no gradient, before it is trained; does nothing here.
 
         DDP wants every trainable parameter used in every step.
         """

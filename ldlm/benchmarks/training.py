@@ -41,9 +41,9 @@ from ldlm.benchmarks.timing import (
 )
 from ldlm.data.datamodule import PackedTextDataModule
 from ldlm.hub import local_folder
-from ldlm.model import LDLM
 from ldlm.rng import generator
 from ldlm.training.callbacks.visualisation import ShowSamples
+from ldlm.training.task import LDLMTask
 
 WARMUP = 3  # steps: the optimizer makes its states in the first, and after two memory has been used as it will be
 # One device and nothing but steps; a warm-up changes what gamma is, not what it costs.
@@ -54,11 +54,11 @@ WORDS = {
     "trainer.num_sanity_val_steps": 0,
     "trainer.enable_progress_bar": "false",
     "trainer.enable_model_summary": "false",
-    "warmup.steps": 0,
+    "training.warmup_steps": 0,
 }
 
 PrepareFit = Callable[
-    [list[str]], tuple[LDLM, L.Trainer, PackedTextDataModule]
+    [list[str]], tuple[LDLMTask, L.Trainer, PackedTextDataModule]
 ]  # ``ldlm fit``'s words -> what it would run
 
 
@@ -115,7 +115,7 @@ def bench_training(options: argparse.Namespace, prepare_fit: PrepareFit) -> Numb
             write_random_encoder(options.random_encoder, folder)
             encoder = "--model.token_encoder.init_args"
             words += [f"{encoder}.model={folder}", f"{encoder}.revision=null", f"{encoder}.sha256=null"]
-        model, trainer, data = prepare_fit([*options.recipe, *words])
+        task, trainer, data = prepare_fit([*options.recipe, *words])
         warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*|.*smaller than the logging interval.*")
         # Whatever writes files or prints goes; what acts in a step stays, and a logger that keeps nothing.
         unwanted = (Checkpoint, SaveConfigCallback, ShowSamples)
@@ -123,9 +123,9 @@ def bench_training(options: argparse.Namespace, prepare_fit: PrepareFit) -> Numb
         callbacks[:] = [one for one in callbacks if not isinstance(one, unwanted)]
         trainer.loggers = [DummyLogger()]
         data.batch_size = options.batch_size
-        sizes = f"{options.batch_size} rows a call, of {model.sequence_length} tokens,"
+        sizes = f"{options.batch_size} rows a call, of {task.model.sequence_length} tokens,"
         stack.enter_context(fitting(sizes, "lower --batch_size"))
-        return measure(model, trainer, data, options)
+        return measure(task, trainer, data, options)
 
 
 def write_random_encoder(name: str, folder: str) -> None:
@@ -135,19 +135,21 @@ def write_random_encoder(name: str, folder: str) -> None:
     AutoModel.from_config(config).save_pretrained(folder)
 
 
-def measure(model: LDLM, trainer: L.Trainer, data: PackedTextDataModule, options: argparse.Namespace) -> Numbers:
+def measure(task: LDLMTask, trainer: L.Trainer, data: PackedTextDataModule, options: argparse.Namespace) -> Numbers:
     """Run the Trainer on random tokens, with turns of a bare loop in between."""
-    repeats, steps = options.repeats, options.steps
+    model, repeats, steps = task.model, options.repeats, options.steps
     device, micro_steps = trainer.strategy.root_device, trainer.accumulate_grad_batches
     source = generator(0, "bench", device=device)
     calls = (WARMUP + repeats * steps) * micro_steps
     shape = calls, options.batch_size, model.sequence_length
     tokens = torch.randint(model.token_encoder.vocab_size, shape, generator=source, device=device)
-    model.to(device).token_encoder.fit_statistics(tokens[:1], options.batch_size)
+    task.to(device)
+    model.token_encoder.fit_statistics(tokens[:1], options.batch_size)
 
     def backward(batch: Tensor) -> None:
         with trainer.precision_plugin.forward_context():
-            loss = model.losses(batch, source).total / micro_steps
+            u = model.timesteps.sample(len(batch), source).to(device)
+            loss = task.objective(model, batch, u, task.gamma, source).total / micro_steps
         loss.backward()  # type: ignore[no-untyped-call]
 
     def bare(batches: Iterator[Tensor], calls: int) -> None:
@@ -171,7 +173,6 @@ def measure(model: LDLM, trainer: L.Trainer, data: PackedTextDataModule, options
             waits.append(options.clock() - start)
             yield batch
 
-    model.gamma = torch.ones((), device=device)  # for this call: a fit begins by forgetting it
     flops = count_flops(partial(backward, tokens[0]))
     model.zero_grad()
     low = {"bf16": torch.bfloat16, "16-m": torch.float16}
@@ -181,7 +182,7 @@ def measure(model: LDLM, trainer: L.Trainer, data: PackedTextDataModule, options
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     loader: DataLoader[Tensor] = DataLoader(tokens, batch_size=None)  # type: ignore[arg-type]
     callbacks.append(turns)
-    memory = peak_memory(lambda: trainer.fit(model, train_dataloaders=loader), device)
+    memory = peak_memory(lambda: trainer.fit(task, train_dataloaders=loader), device)
     seconds, a_call = {name: laps[1:] for name, laps in turns.seconds.items()}, tokens[0].numel()
     measures: Numbers = {
         "step_ms": spread(seconds["trainer"], 1e3 / steps),

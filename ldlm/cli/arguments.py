@@ -14,8 +14,8 @@ from ldlm._files import visible
 from ldlm.presets import nearest
 
 REQUIRED = {
-    "training.warmup_steps": "it is the length of the diffusion-to-encoder warm-up in optimizer steps, 0 for none (the paper's "
-    "worst row)",
+    "training.warmup_steps": "it is the length of the diffusion-to-encoder warm-up in optimizer steps, 0 for none (the "
+    "paper's worst row)",
     "stage.checkpoint": "it is the checkpoint for whose latents a token decoder is trained",
 }
 

@@ -4,11 +4,10 @@ In: words from a shell. Out: a Trainer's run.
 No section of the paper.
 
 A recipe has four blocks: ``model``, ``training``, ``data``, ``trainer``. ``--sequence_length``, ``--num_latents``,
-``--tokenizer`` and ``--seed_everything`` are given once and reach the data, the model, the task and every part that has
-such an argument. ``validate``, ``test`` and ``predict`` with ``--ckpt_path`` take model and objective from the checkpoint
-and ``fit-decoder`` the model from ``--stage.checkpoint``, whatever a recipe says of it. ``--ckpt_path`` takes a folder,
-too, for the newest complete checkpoint in it, and ``fit --ckpt_path last`` resumes the run that saved last, if there is
-one.
+``--tokenizer`` and ``--seed_everything`` are given once and reach all parts that have such an argument. ``validate``,
+``test`` and ``predict`` with ``--ckpt_path`` take model and objective from the checkpoint and ``fit-decoder`` the model
+from ``--stage.checkpoint``, whatever a recipe says of it. ``--ckpt_path`` takes a folder, too, for the newest complete
+checkpoint in it, and ``fit --ckpt_path last`` resumes the run that saved last, if there is one.
 """
 
 import abc
@@ -209,7 +208,7 @@ class FitDecoder(Command):
         super().add_core_arguments_to_parser(parser)
         ours = {"objective": dict | None, "warmup_steps": int | None, "timestep_refresh": int | None}
         parser.add_class_arguments(LDLMTask, "training", skip={"model", *ours}, instantiate=False)
-        parser.add_function_arguments(token_decoder_stage, "stage", instantiate=False)
+        parser.add_function_arguments(token_decoder_stage, "stage")
         parser.add_argument(
             "--stage.token_fraction", type=float, default=1.0, help="share of the positions with cross-entropy"
         )

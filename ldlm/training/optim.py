@@ -31,8 +31,8 @@ def adamw(
 class LearningRate(torch.optim.lr_scheduler.LambdaLR):
     """Linear warm-up from 1e-8, constant, and a linear fall at the end.
 
-    The rate is a function of the step; of a restored state it takes the step alone. The base rate, the curve and the end
-    are this run's. Where the rate is not the one that the checkpoint's run would have had, both are logged.
+    The rate is a function of the step; of a restored state it takes the step alone. The base rate, the curve and the
+    end are this run's. Where the rate is not the one that the checkpoint's run would have had, both are logged.
 
     Args:
         optimizer: Whose rate it is.

@@ -22,7 +22,7 @@ class StepOutput(TypedDict):
         latent_std: Standard deviation of a latent coordinate over the rows, scalar; None for a batch of one row.
         gamma: Share of the diffusion gradient that reached the latent encoder, scalar.
         skipped: 1 if the optimizer step that this call ended changed nothing because its gradient was not finite, else
-            0: a scalar on the device, written when the gradient is clipped. Reading it at once would wait for the device.
+            0: a scalar on the device, written when the gradient is clipped. Reading it at once waits for the device.
     """
 
     loss: Tensor

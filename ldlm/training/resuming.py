@@ -37,7 +37,7 @@ APPLIED = (
 )
 # What one of the two runs may be without. (That averaging ends is refused by `LDLMTask`.)
 OPTIONAL = ("EMA.decay", "tokenizer", "frozen")
-# Training does not depend on them, or on what a callback of the trainer's own was told in their place, which is recorded.
+# Training does not depend on them; of the last two, what the callbacks were told is compared.
 FREE = ("sampler", "grid", "batches", "job", "warmup_steps", "timestep_refresh")
 
 

@@ -178,24 +178,25 @@ class LatentMonitor(L.Callback):
         told = "token" in output["terms"]
         decodes = model.sigma_dec > 0 and bool(output["terms"].keys() - {"diffusion"})
         if (values := self._later.read()) is not None:
-            warning = self._diagnosis(model, *values, decodes, told)
+            std, gamma, error = values
+            warning = self._diagnosis(model, std, gamma, error if told else None, decodes)
             if warning is not None and warning[0] not in self._warned:
                 self._warned.add(warning[0])
                 rank_zero_warn(f"step {trainer.global_step}: {warning[0]}: {warning[1]}")
-        if (std := output["latent_std"]) is None:
+        if (spread := output["latent_std"]) is None:
             return
         # The cross-entropy as a share of guessing's.
-        error = output["terms"].get("token", output["gamma"]) / math.log(model.token_encoder.vocab_size)
-        self._later.send(torch.stack([std, output["gamma"], error]))
+        share = output["terms"].get("token", output["gamma"]) / math.log(model.token_encoder.vocab_size)
+        self._later.send(torch.stack([spread, output["gamma"], share]))
 
     def _diagnosis(
-        self, model: LDLM, std: float, gamma: float, error: float, decodes: bool, told: bool
+        self, model: LDLM, std: float, gamma: float, error: float | None, decodes: bool
     ) -> tuple[str, str] | None:
         m, d = model.latent_encoder.num_latents, model.latent_encoder.latent_size
         return diagnosis(
             std,
             gamma,
-            error if told else None,
+            error,
             (self._low, self._high),
             model.sigma_dec if decodes else None,
             m * d / model.sequence_length,

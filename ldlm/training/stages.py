@@ -29,10 +29,10 @@ FREE = ("dtype", "revision")
 
 
 class FixedLatents(Recorded):
-    """Takes all coders of a checkpoint into the model and freezes them, so that only the denoiser learns.
+    """Takes a checkpoint's encoders and decoders into the model and freezes them, so that only the denoiser learns.
 
-    The task's objective should be ``JointObjective(reconstruction_weight=0, token_weight=0)``: nothing is left for those
-    losses to teach.
+    The task's objective should be ``JointObjective(reconstruction_weight=0, token_weight=0)``: nothing is left for
+    those losses to teach.
 
     Args:
         checkpoint: A ``.ckpt`` file of an `LDLM` with the same coders; its denoiser is not used.

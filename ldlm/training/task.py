@@ -3,8 +3,8 @@
 In: a model, an objective, batches of token ids [b n]. Out: a loss a step; numbers to log; checkpoints.
 Paper: section 5 (the recipe), App. C (optimisation).
 
-A batch passes `training_step` to the objective; its gradient passes `configure_gradient_clipping` to the optimizer; what
-happened is handed to the callbacks as a `StepOutput`. The paper's two callbacks and three monitors come along.
+A batch passes `training_step` to the objective; its gradient passes `configure_gradient_clipping` to the optimizer;
+what happened is handed to the callbacks as a `StepOutput`. The paper's two callbacks and three monitors come along.
 """
 
 import json
@@ -68,8 +68,8 @@ class LDLMTask(L.LightningModule):
     Args:
         model: What is trained, in place.
         objective: What is minimised; None for the paper's `JointObjective`.
-        warmup_steps: Length S of the diffusion-to-encoder warm-up in optimizer steps; 0 for none, the paper's worst row.
-            A `DiffusionToEncoderWarmup` among the trainer's callbacks takes its place.
+        warmup_steps: Length S of the diffusion-to-encoder warm-up in optimizer steps; 0 for none, the paper's worst
+            row. A `DiffusionToEncoderWarmup` among the trainer's callbacks takes its place.
         timestep_refresh: Optimizer steps between refreshes of the timestep density. An `AdaptiveTimestepUpdate` among
             the trainer's callbacks takes its place.
         statistics_rows: Rows over which the hidden states' mean and standard deviation are measured, at least: complete
@@ -344,7 +344,7 @@ class LDLMTask(L.LightningModule):
         self.model.token_encoder.fit_statistics(batches, rows)
 
     def on_train_start(self) -> None:
-        """See that all can be saved, that all ranks stand at the same step, and that Lightning counts this run's calls."""
+        """See that all can be saved, that ranks are at the same step, and that Lightning counts this run's calls."""
         check_saved(self.trainer, self)
         steps: Tensor = self.all_gather(torch.tensor([self.trainer.global_step], device=self.device))  # type: ignore[assignment]
         if (steps != self.trainer.global_step).any():
@@ -368,7 +368,7 @@ class LDLMTask(L.LightningModule):
 
     # ---- files -------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
         """The model's."""
         return self.model.state_dict(*args, **kwargs)
 

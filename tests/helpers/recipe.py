@@ -19,9 +19,8 @@ RECIPE = {
             "init_args": {"latent_size": 12, "width": 16, "layers": 1, "heads": 2},
         },
         "token_decoder": {"class_path": "LinearTokenDecoder", "init_args": {"hidden_size": 16, "vocab_size": 40}},
-        "statistics_rows": 8,
     },
-    "warmup": {"steps": 2},
+    "training": {"warmup_steps": 2, "timestep_refresh": 1, "statistics_rows": 8},
     "trainer": {
         "max_steps": 3,
         "accelerator": "cpu",
@@ -32,7 +31,6 @@ RECIPE = {
         "log_every_n_steps": 1,
         "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "tiny"}},
         "callbacks": [
-            {"class_path": "AdaptiveTimestepUpdate", "init_args": {"every_n_steps": 1}},
             {"class_path": "EMA"},
             {"class_path": "ShowSamples", "init_args": {"num_samples": 2, "nfe": 2}},
             {"class_path": "SaveAtEnd"},

@@ -3,7 +3,7 @@
 In: the parameters after each optimizer step. Out: their exponential moving average, in checkpoints and in the model.
 No section of the paper: the authors' earlier code and every compared baseline average, see docs/decisions.md.
 
-The whole life of the averages is here: how they begin, follow, stand in for the live parameters, are saved and restored.
+All that happens to the averages is here: they begin, follow, stand in for the live parameters, are saved and restored.
 `LDLMTask` calls `EMA.save` and `EMA.restore` itself, since Lightning (2.6.6) leaves a callback's own hooks out where
 weights alone are saved, and calls them after the model's where a run is resumed.
 """
@@ -160,7 +160,7 @@ class EMA(Recorded):
 
     @torch.no_grad()
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take the averages that a run is resumed with; without any in the checkpoint averaging begins from its weights.
+        """Take a checkpoint's averages; where it has none, averaging begins from its weights.
 
         ``state_dict`` holds the live parameters from here on.
         """
