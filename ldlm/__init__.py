@@ -83,10 +83,12 @@ _PLACES = {
     "ldlm.likelihood": "likelihood_terms",
     "ldlm.model": "LDLM",
     "ldlm.nn.denoiser": "Denoiser DiT",
-    "ldlm.nn.latent_coders": "LatentEncoder LatentDecoder PerceiverResamplerEncoder PerceiverResamplerDecoder SelfAttentionEncoder SelfAttentionDecoder IdentityEncoder IdentityDecoder",
+    "ldlm.nn.latent_coders": "LatentEncoder LatentDecoder PerceiverResamplerEncoder PerceiverResamplerDecoder "
+    "SelfAttentionEncoder SelfAttentionDecoder IdentityEncoder IdentityDecoder",
     "ldlm.nn.layers": "Block",
     "ldlm.nn.token_decoders": "TokenDecoder LinearTokenDecoder TransformerTokenDecoder",
-    "ldlm.nn.token_encoders": "TokenEncoder FrozenTokenEncoder PretrainedTokenEncoder ShallowTokenEncoder EmbeddingTokenEncoder",
+    "ldlm.nn.token_encoders": "TokenEncoder FrozenTokenEncoder PretrainedTokenEncoder ShallowTokenEncoder "
+    "EmbeddingTokenEncoder",
     "ldlm.objective": "Losses",
     "ldlm.tokenizer": "load_tokenizer",
     "ldlm.training.callbacks.efficiency": "CompileBlocks RecomputeActivations",

@@ -497,8 +497,8 @@ def test_two_studies_do_not_write_one_cell(hub, capsys):
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from ldlm import cli
-from ldlm.lab import study
+from ldlm.cli import main as cli
+from ldlm.studies import scheduler
 from ldlm.studies.run import Slot
 
 class Sleeps(Slot):
@@ -506,7 +506,7 @@ class Sleeps(Slot):
         code = "import os,sys,time; open(sys.argv[1], 'a').write(f'{os.getpid()}\\\\n'); time.sleep(100)"
         return super().run([sys.executable, "-c", code, "pids"], log, locks)
 
-study.make_slots = lambda *_: [Sleeps(dict(PATH=""), print, set()) for _ in range(3)]
+scheduler.make_slots = lambda *_: [Sleeps(dict(PATH=""), print, set()) for _ in range(3)]
 cli.main(sys.argv[1:])
 """
 
@@ -550,7 +550,9 @@ def test_modules_imported_for_a_study_are_imported_by_its_commands(hub, monkeypa
             seen.append(words)
             return 1
 
-    monkeypatch.setattr(study_room, "make_slots", lambda *_: [Listens({}, print, set())])
+    monkeypatch.setattr(
+        study_room, "make_slots", lambda jobs, threads, tell, imports: [Listens({}, tell, set(), imports)]
+    )
     Path("my_part.py").write_text("")
     with pytest.raises(SystemExit):
         cli.main(["--import", "my_part", *STUDY, "--only", "a"])
