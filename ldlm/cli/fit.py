@@ -25,57 +25,26 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-# Imported so that their classes can be named in YAML without a path.
-from ldlm import __version__, likelihood
+import ldlm
 from ldlm._files import check_output
 from ldlm.checkpoints.pretrained import read_checkpoint
 from ldlm.checkpoints.resume import last_checkpoint, last_of_run
 from ldlm.cli.arguments import Fault, explain, fail, value_of
 from ldlm.cli.modules import IMPORTED, NamedModules
 from ldlm.data.datamodule import PackedTextDataModule, check_detokenizer
-from ldlm.diffusion import grids, samplers, schedules, timesteps
 from ldlm.model import LDLM
-from ldlm.nn import denoiser
-from ldlm.nn import latent_coders as latents
-from ldlm.nn import token_decoders as decoders
-from ldlm.nn import token_encoders as encoders
+from ldlm.nn.token_encoders import FrozenTokenEncoder
 from ldlm.presets import recipe_file
 from ldlm.recipes import check
 from ldlm.tokenizer import load_tokenizer, name_tokenizer, tokenizer_digest
-from ldlm.training import preemption as signals
-from ldlm.training import stability as guards
-from ldlm.training import stages
-from ldlm.training.callbacks import efficiency as speed
-from ldlm.training.callbacks import ema as callbacks
-from ldlm.training.callbacks import hidden_state_cache as cache
-from ldlm.training.callbacks import sample_scores as scoring
-from ldlm.training.callbacks import visualisation as watch
 from ldlm.training.callbacks.predictions import ReconstructionWriter
 from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 from ldlm.training.checks import check_encoder
 from ldlm.training.resuming import begin_anew, left_by_another_job
 from ldlm.training.stages import FixedLatents, TokenDecoderStage
 
-ROOMS = (
-    cache,
-    callbacks,
-    decoders,
-    denoiser,
-    encoders,
-    grids,
-    guards,
-    latents,
-    likelihood,
-    samplers,
-    schedules,
-    scoring,
-    signals,
-    speed,
-    stages,
-    timesteps,
-    watch,
-)
-CLASSES = sorted({name for room in ROOMS for name, value in vars(room).items() if isinstance(value, type)})
+# Each public name is imported here: jsonargparse finds a class by its name alone only once it is.
+CLASSES = [name for name in ldlm.__all__ if isinstance(getattr(ldlm, name), type)]
 KEYWORDS = ("best", "last", "hpc", "registry")  # values of --ckpt_path that Lightning looks up itself
 
 
@@ -137,7 +106,7 @@ class LDLMCLI(LightningCLI):
             PackedTextDataModule,
             args=words,
             parser_class=ShortErrors,
-            parser_kwargs={"version": f"ldlm {__version__}"},
+            parser_kwargs={"version": f"ldlm {ldlm.__version__}"},
             save_config_callback=SaveConfigCallback if words[0] == "fit" else None,  # others leave no file behind
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
@@ -147,7 +116,7 @@ class LDLMCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose ``--config`` takes names."""
-        parser = ShortErrors(dump_header=[f"ldlm=={__version__}"], parser_mode="recipe", **kwargs)
+        parser = ShortErrors(dump_header=[f"ldlm=={ldlm.__version__}"], parser_mode="recipe", **kwargs)
         parser.add_argument("-c", "--config", action=NamedConfig, help="a recipe's name (ldlm presets) or a file")
         return parser
 
@@ -271,7 +240,7 @@ def find_detokenizer(name: Any) -> Any:
 
 def move_encoder(model: LDLM, folder: str | None) -> None:
     """Tell a model where its token encoder's files are now."""
-    if folder is not None and isinstance(model.token_encoder, encoders.FrozenTokenEncoder):
+    if folder is not None and isinstance(model.token_encoder, FrozenTokenEncoder):
         model.token_encoder.model = folder
 
 
