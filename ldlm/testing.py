@@ -21,6 +21,18 @@ from ldlm.nn.latent_coders import LatentDecoder, LatentEncoder
 from ldlm.nn.token_decoders import TokenDecoder
 from ldlm.nn.token_encoders import TokenEncoder
 
+__all__ = [
+    "check_denoiser",
+    "check_description",
+    "check_latent_decoder",
+    "check_latent_encoder",
+    "check_sampler",
+    "check_schedule",
+    "check_timesteps",
+    "check_token_decoder",
+    "check_token_encoder",
+]
+
 ROWS, MEAN, STD = 4, 0.7, 0.5  # of a batch; of the Gaussian data that samplers are checked on
 
 

@@ -16,6 +16,9 @@ from ldlm.hub import package_path
 
 sys.path.append(str(ROOT / "scripts"))  # which some tests run
 
+# Looking for doctests, pytest would import each by the same name. Their fixtures are found all the same.
+collect_ignore_glob = ["*conftest.py"]
+
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer() -> PreTrainedTokenizerBase:

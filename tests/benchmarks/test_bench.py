@@ -1,10 +1,10 @@
 """What `ldlm bench` counts and divides, against closed forms, numpy and brute force; nothing depends on real time."""
 
 import json
+import platform
 import statistics
 import time
 from argparse import Namespace
-from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -218,7 +218,7 @@ def test_sampling_numbers_agree_with_each_other(tmp_path, monkeypatch, capsys):
     assert found["seconds_of"] == "all threads' CPU time"
     where = found["surroundings"]
     assert where["versions"]["torch"] == torch.__version__
-    assert (where["device"], where["threads"]) == ("cpu", torch.get_num_threads())
+    assert (where["device"], where["threads"]) == (f"{platform.machine()} CPU", torch.get_num_threads())
     assert "--scaling 2 4 8" in found["command"]
     printed = capsys.readouterr().out
     assert f"{of['step_ms']['median']:.4g}" in printed
@@ -267,8 +267,8 @@ def test_the_trainer_and_the_bare_loop_take_turns_at_the_same_work(tmp_path, acc
     callbacks = [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2), counted]
     limits = {"max_steps": WARMUP + 2 * 3, "accumulate_grad_batches": accumulated, "gradient_clip_val": 1.0}
     trainer = make_trainer(tmp_path, callbacks, **limits)
-    made = SimpleNamespace(model=model, trainer=trainer, datamodule=make_data(tmp_path, batch_size=4))
-    found = measure(made, Namespace(batch_size=4, steps=3, repeats=2, data=True, clock=time.process_time))
+    options = Namespace(batch_size=4, steps=3, repeats=2, data=True, clock=time.process_time)
+    found = measure(model, trainer, make_data(tmp_path, batch_size=4), options)
     of, settings = found["measures"], found["settings"]
     assert trainer.global_step == WARMUP + 2 * 3
     assert len(counted.flops) == accumulated * trainer.global_step

@@ -63,7 +63,7 @@ EVERY_PART = [
 @pytest.mark.parametrize(("kind", "arguments"), EVERY_PART, ids=[kind.__name__ for kind, _ in EVERY_PART])
 def test_a_part_is_described_by_its_class_and_its_arguments_and_made_again_from_them(kind, arguments):
     description = describe(kind(**arguments))
-    assert description["class_path"] == f"{kind.__module__}.{kind.__name__}"
+    assert description["class_path"] == f"ldlm.{kind.__name__}"
     assert description["init_args"] | arguments == description["init_args"]
     again = build(description)
     assert type(again) is kind

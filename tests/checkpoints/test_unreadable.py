@@ -159,7 +159,7 @@ def test_a_data_modules_state_is_looked_at_too(tmp_path):
 def test_hyper_parameters_that_could_not_be_read_are_refused_before_the_first_step(tmp_path):
     made = make_model()
     parts = made.latent_encoder, made.denoiser, made.latent_decoder, made.token_decoder
-    told = r"hyper_parameters\['token_encoder'\] is a tiny.FixedTokenEncoder.*leave parts"
+    told = r"hyper_parameters\['token_encoder'\] is a helpers.tiny.FixedTokenEncoder.*leave parts"
     with pytest.raises(ValueError, match=told):
         fit(tmp_path, model=WithHyperparameters(FixedTokenEncoder(), *parts, sequence_length=8))
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from helpers.command import complaint
 from helpers.tiny import make_data, make_home, make_model, make_tokenizer, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,13 +24,12 @@ from ldlm.model import LDLM
 from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
-ROOT = Path(cli.__file__).parent.parent
 VERBS = [*cli.OURS, *cli.LIGHTNING]
 
 # A command whose work is a file that is never finished, so that no test waits for torch to be imported.
 STUCK = """
 import sys, time
-from ldlm import cli
+from ldlm.cli import main as cli
 from ldlm._files import write_atomically
 
 def work(words):
@@ -43,7 +43,7 @@ cli.OURS["bench"] = work
 cli.main(["bench"])
 """
 CHATTY = """
-from ldlm import cli
+from ldlm.cli import main as cli
 
 def work(words):
     for number in range(100_000):
@@ -227,7 +227,7 @@ def test_a_disk_that_is_full_is_named_with_the_file_and_nothing_half_written_sta
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
     try:
-        said = complaint(capsys, "--import", "tiny", *words)
+        said = complaint(capsys, "--import", "helpers.tiny", *words)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "out" in said
@@ -241,7 +241,7 @@ def test_a_folder_to_predict_into_is_refused_before_the_rows_are_read(home, monk
     monkeypatch.setattr("ldlm.PackedTextDataModule.prepare_data", lambda _: pytest.fail("it was not refused"))
     words = ["--ckpt_path", "model.ckpt", "--data.dataset", "text.txt", "--output", "model", *QUIET]
     assert "model is a folder; give the name of a file in it" in complaint(
-        capsys, "--import", "tiny", "predict", *words
+        capsys, "--import", "helpers.tiny", "predict", *words
     )
 
 
@@ -280,11 +280,10 @@ def test_a_model_at_work_can_be_stopped(home, tmp_path, words, signum, status, s
     shutil.copytree(home, tmp_path / "home")
     work = tmp_path / "home"
     (work / "slow.py").write_text(SLOW)
-    shutil.copy(Path(__file__).parent / "tiny.py", work)
     (tmp_path / "temporary").mkdir()
     places = {"TMPDIR": str(tmp_path / "temporary"), "LDLM_CACHE": str(work / "packed")}
     before = set(work.iterdir()) | {work / "begun", work / "packed", work / "__pycache__"}
-    process = start("-m", "ldlm", "--import", "tiny", "--import", "slow", *words, cwd=work, places=places)
+    process = start("-m", "ldlm", "--import", "helpers.tiny", "--import", "slow", *words, cwd=work, places=places)
     wait_for(work / "begun", process)
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
@@ -335,7 +334,7 @@ def test_each_fit_saves_the_tokenizer_that_its_model_has_then(tmp_path):
 def test_a_full_folder_for_temporary_files_is_named_where_one_is_needed(home, monkeypatch, capsys, words):
     monkeypatch.chdir(home)
     monkeypatch.setattr("tempfile.mkdtemp", full)
-    said = complaint(capsys, "--import", "tiny", *words)
+    said = complaint(capsys, "--import", "helpers.tiny", *words)
     assert said == f"ldlm: {tempfile.gettempdir()}: No space left on device"
 
 
@@ -346,7 +345,7 @@ def test_a_folder_for_temporary_files_that_fills_is_not_called_a_damaged_file(ho
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", no_room)
-    said = complaint(capsys, "--import", "tiny", "generate", "model")
+    said = complaint(capsys, "--import", "helpers.tiny", "generate", "model")
     assert said.startswith(f"ldlm: {tempfile.gettempdir()}")
     assert said.endswith("No space left on device")
 

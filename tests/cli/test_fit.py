@@ -49,7 +49,7 @@ def steps(file: str) -> int:
 
 def test_a_job_that_always_says_last_starts_goes_on_and_passes_over_damage(here, monkeypatch):
     said = []
-    monkeypatch.setattr("ldlm.checkpoints.integrity.rank_zero_info", said.append)
+    monkeypatch.setattr("ldlm.checkpoints.resume.rank_zero_info", said.append)
     fit("--ckpt_path", "last", "--trainer.max_steps", "2")
     assert said == ["there is no whole checkpoint in runs/tiny to go on from: training starts from scratch"]
     fit("--ckpt_path=last", "--trainer.max_steps", "4")
@@ -101,7 +101,7 @@ def test_a_full_disk_ends_in_a_sentence(here, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldlm.checkpoints.integrity.write", full)
+    monkeypatch.setattr("ldlm.checkpoints.io.write", full)
     with pytest.warns(UserWarning, match="training goes on"):
         said = complaint(capsys, "fit", "--config", "tiny.yaml", "--trainer.max_steps", "9")
     assert "No space left on device" in said

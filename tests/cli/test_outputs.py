@@ -13,20 +13,20 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from helpers import ROOT
 from helpers.command import complaint
 from helpers.tiny import make_data, make_model, make_tokenizer, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ldlm._files import check_output, write_atomically
 from ldlm.checkpoints.integrity import damage, digest_file, read, write
-from ldlm.cli import main as cli
 from ldlm.cli.generate import write_batches
 from ldlm.evaluation.trace import Frame, Token, Trace, write_trace
 from ldlm.training.callbacks.predictions import ReconstructionWriter
 from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
-PACKAGE = Path(cli.__file__).parent
+PACKAGE = ROOT / "ldlm"
 CONTENT = {"x": torch.arange(50)}
 
 
@@ -274,12 +274,12 @@ def test_a_run_that_keeps_its_last_checkpoint_as_a_link_leaves_whole_files(tmp_p
 
 # Files that are opened for writing in another way, and why.
 EXEMPT = {
-    "files.py": "write_atomically itself",
-    "checkpoints.py": "a tokenizer's files, in a temporary folder",
-    "lab/bench_packing.py": "texts, in a temporary folder",
-    "lab/cells.py": "logs, to which lines are added",
-    "lab/timing.py": "a counter of the system",
-    "metrics.py": "the null device",
+    "_files.py": "write_atomically itself",
+    "tokenizer.py": "a tokenizer's files, in a temporary folder",
+    "benchmarks/packing.py": "texts, in a temporary folder",
+    "studies/run.py": "logs, to which lines are added",
+    "benchmarks/timing.py": "a counter of the system",
+    "metrics/mauve.py": "the null device",
 }
 
 

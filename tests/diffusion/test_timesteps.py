@@ -1,3 +1,5 @@
+"""Timesteps: drawn as the losses rise, whatever the noise on them, the micro-steps and the ranks."""
+
 import importlib.util
 import math
 from pathlib import Path

@@ -71,7 +71,7 @@ def test_a_models_scores_are_those_of_the_texts_it_generates_with_each_seed(here
     weights = hashlib.sha256((here / "scorer/model.safetensors").read_bytes()).hexdigest()
     scorer = {"name": "./scorer", "sha256": weights, "dtype": "float32", "context": 32, "max_length": 32}
     assert result["scorer"] == scorer
-    assert set(result["versions"]) == {"ldlm", "torch", "transformers", "python"}
+    assert set(result["versions"]) == {"ldlm", "torch", "lightning", "transformers", "python"}
     printed = capsys.readouterr().out
     assert f"{np.mean(want):.4g}" in printed
 

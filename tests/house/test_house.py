@@ -1,111 +1,160 @@
-"""The house keeps its order: what imports what, how long files are, and what a light command may load."""
+"""The house keeps its order: which folder imports which, how long files are, and what a light command may load."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import time
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
-WING = ROOT / "ldlm"
-# Reading order is import order.
-ORDER = [
-    "files", "hub", "sizes", "noise", "corpus", "rows", "packing", "data",
-    "layers", "compiling", "encoders", "latents", "schedules", "timesteps", "denoiser", "grids", "samplers", "decoders",
-    "scorer", "metrics", "memorisation", "agreement", "saving", "restoring", "checkpoints", "resuming", "objective",
-    "generation", "storage", "optimisation", "guards", "signals", "module", "callbacks", "speed", "cache", "likelihood",
-    "stages", "figures", "watch", "scoring", "testing", "texts", "parsing", "recipes", "cli", "training", "__main__",
-]  # fmt: skip
-# The second wing measures what the first makes; of the first, only the command knows it.
-LAB_ORDER = [
-    "baselines", "pages", "trace", "report", "evaluation", "figures", "measurements", "scoreboard", "sources", "sweep",
-    "tables", "plan", "cells", "study", "timing", "bench_packing", "bench_training", "bench_options", "bench",
-]  # fmt: skip
-# Commands are dispatched before anything heavy is imported, so this file imports inside functions, and what it likes.
-LAZY = "cli"
+import ldlm
+
+PACKAGE = ROOT / "ldlm"
+# Folders and files of the package, those above importing from those below. Neighbours do not know each other.
+LEVELS = [
+    ["__main__"],
+    ["cli"],
+    ["studies", "benchmarks"],
+    ["baselines"],
+    ["training", "evaluation"],
+    ["likelihood"],
+    ["objective"],
+    ["model", "testing"],
+    ["checkpoints"],
+    ["diffusion", "metrics"],
+    ["nn", "data"],
+    ["tokenizer"],
+    ["hub", "presets", "plots"],
+    ["_files", "_sizes", "rng", "recipes"],
+]
+LEVEL = {room: height for height, rooms in enumerate(reversed(LEVELS)) for room in rooms}
 HEAVY = ("torch", "lightning", "transformers", "datasets", "numpy", "matplotlib", "jsonargparse")
 
 
-def rooms_imported(path: Path) -> list[tuple[str, bool]]:
-    """Which files of the package a file imports, and whether at the top level."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def module_of(path: Path) -> str:
+    """The name by which a file of the package is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+INSIDE = sorted(set(FILES) - {"ldlm"})  # ldlm/__init__.py holds nothing but names of what stands in the others
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """The folder, or the file beside the folders, that a module of the package belongs to."""
+    return module.split(".")[1]
+
+
+def modules_imported(path: Path) -> list[tuple[str, str]]:
+    """Which modules of the package a file imports, and in which function each time; "" at the top of the file."""
     found = []
-    for node in ast.walk(tree):
+
+    def look(node: ast.AST, function: str) -> None:
         names = []
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} line {node.lineno}: import by full name"
-            if node.module == "ldlm":
-                names = [alias.name for alias in node.names if not alias.name.startswith("__")]
-            elif node.module.startswith("ldlm."):
-                names = [node.module.removeprefix("ldlm.")]
-        elif isinstance(node, ast.Import):
-            names = [alias.name.removeprefix("ldlm.") for alias in node.names if alias.name.startswith("ldlm.")]
-        found += [(name, node in tree.body) for name in names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("ldlm.")]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} line {node.lineno}: import by full name"
+            if node.module == "ldlm" or node.module.startswith("ldlm."):
+                # What is imported is a file of that folder, a public name of the package, or something in that file.
+                whole = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+                homes = ldlm._HOMES if node.module == "ldlm" else {}
+                names = [
+                    name if name in FILES else homes.get(alias, node.module)
+                    for alias, name in whole.items()
+                    if not alias.startswith("__")
+                ]
+        found.extend((name, function) for name in names)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        for child in ast.iter_child_nodes(node):
+            look(child, function)
+
+    look(ast.parse(path.read_text(encoding="utf-8")), "")
     return found
 
 
-def files() -> list[Path]:
-    return sorted(path for path in WING.glob("*.py") if path.name != "__init__.py")
+IMPORTS = {module: modules_imported(FILES[module]) for module in INSIDE}
 
 
-def lab_files() -> list[Path]:
-    return sorted(path for path in (WING / "lab").glob("*.py") if path.name != "__init__.py")
+# --- who imports whom
 
 
-def test_every_file_has_its_place_in_the_order():
-    assert sorted(path.stem for path in files()) == sorted(ORDER)
-    assert sorted(path.stem for path in lab_files()) == sorted(LAB_ORDER)
+def test_every_folder_and_every_file_beside_them_has_its_level():
+    assert {room_of(module) for module in INSIDE} == set(LEVEL)
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
-def test_a_file_imports_only_from_files_above_it(path):
-    above = ORDER[: ORDER.index(path.stem)]
-    for name, at_the_top in rooms_imported(path):
-        if not at_the_top:
-            assert path.stem == LAZY, f"{path.name} imports {name} inside a function"
-        else:
-            assert name in above, f"{path.name} imports {name}, which stands below it"
+@pytest.mark.parametrize("module", INSIDE)
+def test_a_file_imports_only_from_its_own_folder_and_from_levels_below(module):
+    room = room_of(module)
+    for name, _ in IMPORTS[module]:
+        assert name != "ldlm", f"{module} imports from ldlm what is not public"
+        below = LEVEL[room_of(name)] < LEVEL[room]
+        assert below or room_of(name) == room, f"{module} imports {name}, which does not stand below {room}"
 
 
-@pytest.mark.parametrize("path", lab_files(), ids=lambda path: path.stem)
-def test_an_instrument_imports_the_first_wing_and_instruments_above_it(path):
-    above = [*ORDER, *(f"lab.{name}" for name in LAB_ORDER[: LAB_ORDER.index(path.stem)])]
-    for name, at_the_top in rooms_imported(path):
-        assert at_the_top, f"{path.name} imports {name} inside a function"
-        assert name in above, f"{path.name} imports {name}, which stands below it"
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {module: {name for name, _ in IMPORTS[module]} - {module} for module in INSIDE}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+    assert sorted(set(order) - {"ldlm"}) == INSIDE
+    assert sum(map(len, graph.values())) > 200  # else the contract is kept for want of imports
 
 
-def test_the_order_is_not_kept_for_want_of_imports():
-    assert sum(len(rooms_imported(path)) for path in files()) > 50
+@pytest.mark.parametrize("module", [module for module in INSIDE if room_of(module) != "cli"])
+def test_imports_are_at_the_top_but_in_commands_which_are_dispatched_before_anything_heavy_is_loaded(module):
+    inside = {function for _, function in IMPORTS[module] if function}
+    assert inside <= ({"recipe_file"} if module == "ldlm.presets" else set())
 
 
-@pytest.mark.parametrize("path", [*files(), *lab_files()], ids=lambda path: path.stem)
-def test_a_file_has_at_most_500_lines_a_docstring_and_no_probing(path):
+# --- files
+
+
+@pytest.mark.parametrize("path", [*FILES.values(), *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_has_at_most_500_lines_and_a_docstring(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 500
     assert ast.get_docstring(ast.parse(text))
-    assert "hasattr(" not in text
 
 
-def test_the_first_wing_grows_no_further():
-    # The aim was 4,500; docs/decisions.md says where the rest went. A third of the lines are docstrings and blanks.
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in WING.glob("*.py")) < 10300
-
-
-def test_the_lab_stays_smaller_than_what_it_measures():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (WING / "lab").glob("*.py")) < 3700
+@pytest.mark.parametrize("module", FILES)
+def test_no_file_asks_an_object_what_it_has(module):
+    assert "hasattr(" not in FILES[module].read_text(encoding="utf-8")
 
 
 def test_there_is_no_room_for_odds_and_ends():
     odds = {"utils", "common", "base", "types", "registry", "helpers", "misc"}
-    assert odds.isdisjoint([*ORDER, *LAB_ORDER])
+    assert odds.isdisjoint(word for module in INSIDE for word in module.split("."))
+
+
+def test_no_test_file_imports_from_another_and_no_two_have_one_name():
+    for path in TESTS:
+        found = re.findall(r"^ *(?:from|import) (?:tests\b|test_).*", path.read_text(encoding="utf-8"), re.M)
+        assert not found, f"{path}: {found}"
+    names = [path.name for path in TESTS if path.name.startswith("test_")]
+    assert len(names) == len(set(names))
+
+
+def test_tests_stand_in_folders_named_as_the_packages():
+    folders = {path.parent.name for path in TESTS if path.parent != ROOT / "tests"}
+    ours = {room_of(module) for module in INSIDE if FILES[module].parent != PACKAGE}
+    assert folders - ours == {"helpers", "house", "untrusted"}
+
+
+# --- what is loaded when
 
 
 def python(*words: str) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(WING.parent), *filter(None, sys.path)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, env=environment).stdout
 
 
@@ -123,3 +172,48 @@ def test_listing_the_recipes_takes_less_than_a_second():
         seconds.append(time.perf_counter() - start)
     assert "quickstart" in printed
     assert min(seconds) < 1
+
+
+def test_the_package_itself_is_imported_in_a_tenth_of_a_second_and_without_torch():
+    code = (
+        "import sys, time; start = time.perf_counter(); import ldlm; print(time.perf_counter() - start, *sys.modules)"
+    )
+    seconds = []
+    for _ in range(5):  # the best of five: the machine may be busy
+        took, *loaded = python("-c", code).split()
+        assert "ldlm" in loaded
+        assert [name for name in HEAVY if name in loaded] == []
+        seconds.append(float(took))
+    assert min(seconds) < 0.1
+
+
+# --- public names
+
+
+def test_every_public_name_is_found_and_is_listed():
+    assert len(ldlm.__all__) == len(set(ldlm.__all__)) > 50
+    for name in ldlm._HOMES:
+        found = getattr(ldlm, name)
+        assert found.__name__ == name
+        assert found.__module__ == ldlm._HOMES[name], f"ldlm.{name} stands in {found.__module__}"
+    for name in ldlm._MODULES:
+        assert getattr(ldlm, name).__name__ == f"ldlm.{name}"
+    assert sorted([*ldlm._HOMES, *ldlm._MODULES]) == sorted(ldlm.__all__)
+    assert set(ldlm.__all__) <= set(dir(ldlm))
+
+
+def test_a_name_that_is_not_public_is_refused_by_name():
+    with pytest.raises(AttributeError, match="module 'ldlm' has no attribute 'nowhere'"):
+        _ = ldlm.nowhere
+
+
+def test_type_checkers_are_told_of_the_same_names_at_the_same_places():
+    tree = ast.parse(FILES["ldlm"].read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    told = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.asname == alias.name  # which mypy takes for an export
+            told[alias.name] = node.module
+    assert told == ldlm._HOMES | dict.fromkeys(ldlm._MODULES, "ldlm")

@@ -262,7 +262,7 @@ def test_a_stop_that_cannot_save_points_to_no_file_that_is_not_there(tmp_path, m
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=100)
     trainer = make_trainer(tmp_path, recipe(keep, Kills("on_train_start")), max_steps=5, enable_checkpointing=True)
     said: list[str] = []
-    monkeypatch.setattr("ldlm.checkpoints.integrity.write", full)
+    monkeypatch.setattr("ldlm.checkpoints.io.write", full)
     monkeypatch.setattr("ldlm.training.preemption.rank_zero_info", said.append)
     with pytest.warns(UserWarning, match="No space left"), pytest.raises(Stopped) as stop:
         trainer.fit(make_model(), make_data(tmp_path))

@@ -151,8 +151,8 @@ def other_words() -> PreTrainedTokenizerFast:
     [
         (
             {"latent_encoder": SelfAttentionEncoder(HIDDEN, LATENT, LENGTH, **SIZES)},
-            r"has a ldlm\.latents\.PerceiverResamplerEncoder as its latent_encoder and the model a "
-            r"ldlm\.latents\.SelfAttentionEncoder: give the recipe",
+            r"has a ldlm\.PerceiverResamplerEncoder as its latent_encoder and the model a "
+            r"ldlm\.SelfAttentionEncoder: give the recipe",
         ),
         (
             {"latent_encoder": PerceiverResamplerEncoder(HIDDEN, LATENT, LENGTH, width=16, layers=2, heads=2)},
