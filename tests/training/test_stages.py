@@ -18,6 +18,7 @@ from helpers.tiny import (
     make_trainer,
     rows,
 )
+from ldlm.storage import Storage
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +28,6 @@ from ldlm.model import LDLM
 from ldlm.nn.latent_coders import PerceiverResamplerDecoder, PerceiverResamplerEncoder, SelfAttentionEncoder
 from ldlm.nn.token_decoders import LinearTokenDecoder, TransformerTokenDecoder
 from ldlm.nn.token_encoders import PretrainedTokenEncoder
-from ldlm.storage import Storage
 from ldlm.training.callbacks.ema import EMA
 from ldlm.training.callbacks.likelihood_bound import LikelihoodBound
 from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
