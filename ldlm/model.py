@@ -320,8 +320,7 @@ class LDLM(nn.Module):
             f"{encoder.latent_size} numbers, {tokenizer}, {count_parameters(self):,} parameters",
             *(f"  {name}: {type(part).__name__}, {_size(part)}" for name, part in self.named_children()),
         ]
-        kept = {name: getattr(self, name) for name in ("schedule", "sampler", "grid")}
-        lines += [f"  {name}: {type(part).__name__}" for name, part in kept.items() if not isinstance(part, nn.Module)]
+        lines += [f"  sampler: {type(self.sampler).__name__}", f"  grid: {type(self.grid).__name__}"]
         return "\n".join([*lines, f"  sigma_dec={self.sigma_dec:g}, self_conditioning={self.self_conditioning:g}"])
 
 

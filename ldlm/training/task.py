@@ -110,6 +110,17 @@ class LDLMTask(L.LightningModule):
         allow_changes: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        objective = JointObjective() if objective is None else objective
+        for name, value, kind in [("model", model, LDLM), ("objective", objective, Objective)]:
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"{name} is of type {type(value).__name__}, and an {kind.__name__} is wanted: give one"
+                )
+        if isinstance(objective, nn.Module):
+            raise ValueError(
+                f"{type(objective).__name__} is an nn.Module, whose weights no checkpoint would hold: keep what learns in "
+                "a part of the model"
+            )
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be 0 (no warm-up) or more")
         if timestep_refresh < 1:
@@ -119,12 +130,7 @@ class LDLMTask(L.LightningModule):
         if not 0 <= lr_decay <= 1:
             raise ValueError(f"lr_decay={lr_decay} must be at least 0 and at most 1")
         self.model = model.train()  # a loaded one is in eval mode
-        self.objective = JointObjective() if objective is None else objective
-        if isinstance(self.objective, nn.Module):
-            raise ValueError(
-                f"{type(objective).__name__} is an nn.Module, whose weights no checkpoint would hold: keep "
-                "what learns in a part of the model"
-            )
+        self.objective = objective
         self.warmup_steps = warmup_steps
         self.timestep_refresh = timestep_refresh
         self.statistics_rows = statistics_rows
