@@ -116,15 +116,17 @@ _HOMES = {name: module for module, names in _PLACES.items() for name in names.sp
 __all__ = sorted([*_HOMES, *_MODULES])
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported now."""
-    if name in _MODULES:
-        return import_module(f"ldlm.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ldlm' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # which would take any name for a public one
+
+    def __getattr__(name: str) -> Any:
+        """A public name, imported now."""
+        if name in _MODULES:
+            return import_module(f"ldlm.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'ldlm' has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

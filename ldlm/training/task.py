@@ -118,8 +118,8 @@ class LDLMTask(L.LightningModule):
                 )
         if isinstance(objective, nn.Module):
             raise ValueError(
-                f"{type(objective).__name__} is an nn.Module, whose weights no checkpoint would hold: keep what learns in "
-                "a part of the model"
+                f"{type(objective).__name__} is an nn.Module, whose weights no checkpoint would hold: keep what learns "
+                "in a part of the model"
             )
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be 0 (no warm-up) or more")
