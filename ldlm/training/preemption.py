@@ -63,13 +63,7 @@ class StopOnSignal(L.Callback):
         self.received = 0
         wanted = {s for s in signal.Signals if s.name in ("SIGTERM", "SIGUSR1") or s in _requeue_signals(trainer)}
         self._previous = {s: signal.signal(s, self._note) for s in wanted}
-        # Lightning 2.6.6 broadcasts inside its SIGTERM handler, which can hang, and once a step, which waits for the
-        # device. Both go by private names: where they are gone, there is nothing to replace.
-        connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
-        if "register_signal_handlers" in dir(connector):
-            connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
-        if "_broadcast_sigterm_tensor" in dir(loop):
-            loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        silence_lightning(trainer)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.received = max(self.received, signum)
@@ -113,8 +107,7 @@ class StopOnSignal(L.Callback):
         if isinstance(files, CheckpointFiles) and files.failures:
             saved = f"{path} could not be written (a warning above says why): go on from what was saved before"
         rank_zero_info(f"{signal.Signals(signum).name} after step {trainer.global_step}: {visible(saved)}")
-        requeue = "_slurm_sigusr_handler_fn"  # saves where Lightning looks in a requeued job, and calls scontrol
-        if signum in _requeue_signals(trainer) and requeue in dir(trainer._signal_connector):
+        if signum in _requeue_signals(trainer):  # saves where Lightning looks in a requeued job, and calls scontrol
             trainer._signal_connector._slurm_sigusr_handler_fn(signal.Signals(signum), None)  # type: ignore[arg-type]
         raise Stopped(128 + signal.SIGTERM)
 
@@ -139,11 +132,22 @@ class StopOnSignal(L.Callback):
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
-        for owner, name in [
-            (trainer._signal_connector, "register_signal_handlers"),
-            (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
-        ]:
-            vars(owner).pop(name, None)
+        unsilence_lightning(trainer)
+
+
+def silence_lightning(trainer: L.Trainer) -> None:
+    """Keep Lightning's own handling of signals out of a fit.
+
+    Seen in 2.6.6: it broadcasts inside its SIGTERM handler, which can hang, and once a step, which waits for the device.
+    """
+    trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+
+
+def unsilence_lightning(trainer: L.Trainer) -> None:
+    """Undo `silence_lightning`."""
+    vars(trainer._signal_connector).pop("register_signal_handlers", None)
+    vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
 
 
 def check_signals(trainer: L.Trainer) -> None:
