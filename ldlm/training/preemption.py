@@ -138,7 +138,8 @@ class StopOnSignal(L.Callback):
 def silence_lightning(trainer: L.Trainer) -> None:
     """Keep Lightning's own handling of signals out of a fit.
 
-    Seen in 2.6.6: it broadcasts inside its SIGTERM handler, which can hang, and once a step, which waits for the device.
+    Seen in 2.6.6: it broadcasts inside its SIGTERM handler, which can hang, and once a step, which waits for the
+    device.
     """
     trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
@@ -146,8 +147,11 @@ def silence_lightning(trainer: L.Trainer) -> None:
 
 def unsilence_lightning(trainer: L.Trainer) -> None:
     """Undo `silence_lightning`."""
-    vars(trainer._signal_connector).pop("register_signal_handlers", None)
-    vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+    for owner, name in [
+        (trainer._signal_connector, "register_signal_handlers"),
+        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+    ]:
+        vars(owner).pop(name, None)
 
 
 def check_signals(trainer: L.Trainer) -> None:
