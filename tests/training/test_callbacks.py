@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ldlm.diffusion.timesteps import AdaptiveTimesteps, UniformTimesteps
 from ldlm.model import LDLM
 from ldlm.nn.token_decoders import LinearTokenDecoder
 from ldlm.training.callbacks.ema import EMA
@@ -151,6 +152,63 @@ def test_two_accumulated_halves_train_like_one_whole_batch(tmp_path):
     torch.testing.assert_close(times_of_halves.den, times.den, rtol=1e-12, atol=0)
     torch.testing.assert_close(times_of_halves.density, times.density, rtol=1e-4, atol=1e-6)
     assert times.den.sum().item() == pytest.approx(8 * 7, rel=1e-12)
+
+
+# --- what comes with the task
+
+
+class OwnWarmup(DiffusionToEncoderWarmup):
+    """Somebody's own."""
+
+
+class OwnUpdate(AdaptiveTimestepUpdate):
+    """Somebody's own."""
+
+
+def brought(trainer: L.Trainer) -> list[L.Callback]:
+    kinds = (DiffusionToEncoderWarmup, AdaptiveTimestepUpdate)
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
+
+
+def test_the_warm_up_and_the_refresh_come_with_the_task_once(tmp_path):
+    trainer, task, data = make_trainer(tmp_path, [], max_steps=1), make_task(), make_data(tmp_path)
+    trainer.validate(task, data, verbose=False)
+    assert brought(trainer) == []  # they are for fitting
+    for steps in (1, 2):
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        trainer.fit(task, data)
+        warmup, update = brought(trainer)
+        assert (type(warmup), warmup.settings()) == (DiffusionToEncoderWarmup, DiffusionToEncoderWarmup(4).settings())
+        assert (type(update), update.settings()) == (AdaptiveTimestepUpdate, {"every_n_steps": 2})
+    uniform = make_trainer(tmp_path, [], max_steps=1)
+    uniform.fit(make_task(timesteps=UniformTimesteps()), make_data(tmp_path))
+    assert len(brought(uniform)) == 2
+
+
+@pytest.mark.parametrize("own", [DiffusionToEncoderWarmup, OwnWarmup, AdaptiveTimestepUpdate, OwnUpdate])
+def test_an_instance_or_a_subclass_of_ones_own_takes_the_place_of_its_like_alone(tmp_path, own):
+    gammas: list[float] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            gammas.append(outputs["gamma"].item())
+
+    mine = own(2, gamma_min=0.25) if issubclass(own, DiffusionToEncoderWarmup) else own(3)
+    trainer, task = make_trainer(tmp_path, [mine, Watch()], max_steps=3), make_task(timestep_refresh=9)
+    trainer.fit(task, make_data(tmp_path))
+    one, other = brought(trainer)
+    assert one is mine
+    density = task.model.timesteps.density
+    if isinstance(mine, DiffusionToEncoderWarmup):
+        assert (type(other), other.every_n_steps) == (AdaptiveTimestepUpdate, 9)
+        assert gammas[0] == 0.25
+        assert gammas[2] == 1
+        assert torch.equal(density, AdaptiveTimesteps().density)
+    else:
+        assert (type(other), other.steps) == (DiffusionToEncoderWarmup, 4)
+        assert gammas[0] == 0
+        assert 0 < gammas[2] < 1
+        assert not torch.equal(density, AdaptiveTimesteps().density)
 
 
 # --- averages
