@@ -91,13 +91,8 @@ def by_hand(task, data, steps: int, left_out: set[int], accumulated: int) -> dic
 def test_a_run_with_a_bad_step_is_the_run_that_leaves_it_out(tmp_path, kind, accumulated):
     keep = Keep()
     callbacks = [EMA(), Poison(kind, {3}, micro_step=accumulated - 1), keep]
-    arguments = {
-        "max_steps": 7,
-        "accumulate_grad_batches": accumulated,
-        "gradient_clip_val": 0.5,
-        "enable_checkpointing": True,
-    }
-    trainer = make_trainer(tmp_path, callbacks, **arguments)
+    arguments = {"max_steps": 7, "accumulate_grad_batches": accumulated, "gradient_clip_val": 0.5}
+    trainer = make_trainer(tmp_path, callbacks, enable_checkpointing=True, **arguments)
     with pytest.warns(UserWarning, match="1 updates were left out so far .* the last of them step 3"):
         trainer.fit(make_task(), make_data(tmp_path))
     before, after, end = keep.states[3], keep.states[4], keep.states[7]
@@ -289,9 +284,8 @@ def test_latents_that_collapse_or_explode_are_warned_about_once_with_a_remedy(tm
             parameter.mul_(scale)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make_trainer(tmp_path, [LatentMonitor(every_n_steps=2)], max_steps=9, max_epochs=-1).fit(
-            task, make_data(tmp_path)
-        )
+        trainer = make_trainer(tmp_path, [LatentMonitor(every_n_steps=2)], max_steps=9, max_epochs=-1)
+        trainer.fit(task, make_data(tmp_path))
     said = [str(warning.message) for warning in caught if "the latents" in str(warning.message)]
     assert len(said) == 1
     assert re.search(message, said[0])
