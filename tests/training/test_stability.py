@@ -207,7 +207,7 @@ class Listen(L.Callback):
         self.waits[trainer.global_step] = self.mode.found
 
 
-class Hush(L.Callback):
+class Hush(Checkpoint):  # which comes after those that the task brings
     def __init__(self, listen: Listen) -> None:
         self.listen = listen
 
@@ -220,6 +220,7 @@ def test_a_step_brings_no_number_from_the_device(tmp_path, precision):
     listen = Listen()
     callbacks = [listen, EMA(), SkippedSteps(every_n_steps=3), LatentMonitor(every_n_steps=3), StopOnSignal()]
     arguments = {"max_steps": 12, "gradient_clip_val": 1.0, "precision": precision, "max_epochs": -1}
+    arguments |= {"enable_checkpointing": True}
     callbacks.append(Hush(listen))
     make_trainer(tmp_path, callbacks, **arguments).fit(make_task(), make_data(tmp_path))
     assert len(listen.waits) == 12

@@ -201,11 +201,9 @@ def test_hidden_states_of_another_layer_are_refused_though_the_shapes_agree(fold
     with pytest.raises(ValueError, match=r"has token_encoder\.layer=-3 and the model -2"):
         trainer.fit(make_task(model=with_layer(-2), **ONLY_DIFFUSION), make_data(folder))
     # The same hidden states in another dtype are the same latents.
-    model = with_layer(-3)
-    model.token_encoder.dtype = "bfloat16"
-    make_trainer(folder, [FixedLatents(path)], max_steps=1).fit(
-        make_task(model=model, **ONLY_DIFFUSION), make_data(folder)
-    )
+    task = make_task(model=with_layer(-3), **ONLY_DIFFUSION)
+    task.model.token_encoder.dtype = "bfloat16"
+    make_trainer(folder, [FixedLatents(path)], max_steps=1).fit(task, make_data(folder))
 
 
 @pytest.mark.parametrize("stage", [FixedLatents, token_decoder_stage])
