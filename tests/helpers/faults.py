@@ -15,19 +15,19 @@ class Poison(L.Callback):
     def __init__(self, where: str, steps: set[int], rank: int | None = None, micro_step: int = 0) -> None:
         self.where, self.steps, self.rank, self.micro_step = where, steps, rank, micro_step
 
-    def on_fit_start(self, trainer, model):
+    def on_fit_start(self, trainer, task):
         def due() -> bool:
-            here = self.rank in (None, trainer.global_rank) and model._micro_step == self.micro_step
+            here = self.rank in (None, trainer.global_rank) and task._micro_step == self.micro_step
             return here and trainer.global_step in self.steps
 
-        losses = model.losses
+        decoder = task.model.token_decoder
+        loss = decoder.loss
 
         def poisoned(*arguments):
-            right = losses(*arguments)
+            right = loss(*arguments)
             if not due() or "loss" not in self.where:
                 return right
-            wrong = right.total * math.nan if "nan" in self.where else right.total + math.inf
-            return right._replace(total=wrong)
+            return right * math.nan if "nan" in self.where else right + math.inf
 
         def poison(gradient):
             if due() and "gradient" in self.where:
@@ -35,8 +35,8 @@ class Poison(L.Callback):
                 gradient.view(-1)[3] = torch.nan
             return gradient
 
-        model.losses = poisoned
-        model.token_decoder.head.weight.register_hook(poison)  # before the gradients of ranks are summed
+        decoder.loss = poisoned  # a term of the total
+        decoder.head.weight.register_hook(poison)  # before the gradients of ranks are summed
 
 
 KINDS = ["nan in the loss", "inf in the loss", "nan in one gradient"]

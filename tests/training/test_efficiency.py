@@ -15,6 +15,7 @@ from helpers.tiny import (
     make_data,
     make_model,
     make_pretrained,
+    make_task,
     make_tokenizer,
     make_trainer,
     rows,
@@ -30,16 +31,13 @@ from ldlm.nn.denoiser import DiT
 from ldlm.nn.layers import Block
 from ldlm.nn.token_decoders import TransformerTokenDecoder
 from ldlm.nn.token_encoders import PretrainedTokenEncoder
+from ldlm.objective import JointObjective
 from ldlm.training.callbacks.efficiency import CompileBlocks, RecomputeActivations
 from ldlm.training.callbacks.ema import EMA
 from ldlm.training.callbacks.likelihood_bound import LikelihoodBound
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.visualisation import FigureLogger, SampleLogger, SaveAtEnd, Throughput
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
-
-def recipe(*more: L.Callback) -> list[L.Callback]:
-    return [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2), EMA(), *more]
+RECIPE = {"warmup_steps": 4, "timestep_refresh": 2}
 
 
 def deep_model(**changes) -> LDLM:
@@ -54,7 +52,7 @@ def blocks(model: torch.nn.Module) -> list[Block]:
     return [block for block in model.modules() if isinstance(block, Block)]
 
 
-def parameters(model: LDLM) -> Tensor:
+def parameters(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -64,8 +62,8 @@ class Seen(L.Callback):
     def __init__(self, of: object) -> None:
         self.of, self.values = of, []
 
-    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
-        self.values.append([self.of(block) for block in blocks(model)])
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        self.values.append([self.of(block) for block in blocks(task)])
 
 
 # --- computed again
@@ -74,7 +72,8 @@ class Seen(L.Callback):
 def saved_bytes_and_gradients(model: LDLM, recompute: bool) -> tuple[int, Tensor]:
     for block in blocks(model):
         block.recompute = recompute
-    model.gamma = torch.tensor(0.5)
+    draw = generator(3)
+    u = model.timesteps.sample(32, draw)
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def saved_bytes_and_gradients(model: LDLM, recompute: bool) -> tuple[int, Tensor
 
     kept: list[Tensor] = []
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        total = model.losses(rows(32), generator(3)).total
+        total = JointObjective()(model, rows(32), u, 0.5, draw).total
     model.zero_grad()
     total.backward()
     return sum(saved.values()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -100,9 +99,10 @@ def test_gradients_of_layers_computed_again_are_the_same_and_less_is_kept_for_th
 
 
 def test_a_run_with_layers_computed_again_ends_where_one_without_does_and_leaves_no_trace(tmp_path):
-    plain, again, seen = deep_model(), deep_model(), Seen(lambda block: block.recompute)
-    make_trainer(tmp_path, recipe(), max_steps=6).fit(plain, make_data(tmp_path))
-    trainer = make_trainer(tmp_path, recipe(RecomputeActivations(), seen), max_steps=6)
+    plain, again = (make_task(model=deep_model(), **RECIPE) for _ in range(2))
+    seen = Seen(lambda block: block.recompute)
+    make_trainer(tmp_path, [EMA()], max_steps=6).fit(plain, make_data(tmp_path))
+    trainer = make_trainer(tmp_path, [EMA(), RecomputeActivations(), seen], max_steps=6)
     trainer.fit(again, make_data(tmp_path))
     torch.testing.assert_close(parameters(again), parameters(plain), rtol=1e-5, atol=1e-6)
     assert seen.values == [[True] * 8] * 6  # of one resampler block in each latent coder, 4 and 2
@@ -111,9 +111,10 @@ def test_a_run_with_layers_computed_again_ends_where_one_without_does_and_leaves
 
 
 def test_layers_of_frozen_parts_are_not_computed_again(tmp_path):
-    model, seen = deep_model(token_weight=0.0), Seen(lambda block: block.recompute)
-    make_trainer(tmp_path, recipe(RecomputeActivations(), seen), max_steps=1).fit(model, make_data(tmp_path))
-    assert seen.values == [[block not in blocks(model.token_decoder) for block in blocks(model)]]
+    task = make_task(model=deep_model(), token_weight=0.0, **RECIPE)
+    seen = Seen(lambda block: block.recompute)
+    make_trainer(tmp_path, [EMA(), RecomputeActivations(), seen], max_steps=1).fit(task, make_data(tmp_path))
+    assert seen.values == [[block not in blocks(task.model.token_decoder) for block in blocks(task)]]
 
 
 def test_somebodys_own_layer_is_computed_again_too_and_only_where_there_is_a_backward_pass(monkeypatch):
@@ -136,23 +137,23 @@ def test_a_compiled_run_validates_averages_saves_and_resumes_as_an_uncompiled_on
     ends, scores, keys, made = [], [], [], []
 
     class Count(L.Callback):
-        def on_validation_end(self, trainer, model):
+        def on_validation_end(self, trainer, task):
             made.append(len(graphs))
 
     for compiled in ([], [CompileBlocks()]):
         folder = tmp_path / str(len(compiled))
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
         arguments = {"enable_checkpointing": True, "val_check_interval": 3}
-        trainer = make_trainer(folder, recipe(*compiled, keep), max_steps=6, **arguments)
-        trainer.fit(make_model(), make_data(tmp_path))
-        model = make_model(seed=3)
-        trainer = make_trainer(folder, recipe(*compiled, Count()), max_steps=12, **arguments)
-        trainer.fit(model, make_data(tmp_path), ckpt_path=folder / "step=4.ckpt")
-        ends.append(parameters(model))
+        trainer = make_trainer(folder, [EMA(), *compiled, keep], max_steps=6, **arguments)
+        trainer.fit(make_task(**RECIPE), make_data(tmp_path))
+        task = make_task(seed=3, **RECIPE)
+        trainer = make_trainer(folder, [EMA(), *compiled, Count()], max_steps=12, **arguments)
+        trainer.fit(task, make_data(tmp_path), ckpt_path=folder / "step=4.ckpt")
+        ends.append(parameters(task))
         scores.append({name: value.item() for name, value in trainer.callback_metrics.items()})
         saved = torch.load(folder / "step=4.ckpt", weights_only=True)
         keys.append([list(saved[part]) for part in ("state_dict", "raw_parameters")])
-        assert not any(block._compiled_call_impl for block in blocks(model))  # the fit is over
+        assert not any(block._compiled_call_impl for block in blocks(task))  # the fit is over
         assert bool(graphs) == bool(compiled)
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
@@ -170,23 +171,23 @@ def test_a_pre_trained_encoders_layers_are_compiled_if_asked_for(tmp_path, monke
         compiled: list[int] = []
 
         class Look(L.Callback):
-            def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
-                layers = model.token_encoder.frozen().modules()
+            def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+                layers = task.model.token_encoder.frozen().modules()
                 compiled.append(sum(layer._compiled_call_impl is not None for layer in layers))  # noqa: B023
 
-        trainer = make_trainer(tmp_path, recipe(CompileBlocks(token_encoder=asked), Look()), max_steps=1)
-        trainer.fit(deep_model(token_encoder=encoder), make_data(tmp_path))
+        trainer = make_trainer(tmp_path, [EMA(), CompileBlocks(token_encoder=asked), Look()], max_steps=1)
+        trainer.fit(make_task(model=deep_model(token_encoder=encoder), **RECIPE), make_data(tmp_path))
         assert compiled == [2 * asked]
         assert not any(layer._compiled_call_impl for layer in encoder.frozen().modules())
 
 
 def test_without_a_compiler_a_run_warns_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("ldlm.nn.compile.obstacle", lambda device: "no compiler was found")
-    plain, model = deep_model(), deep_model()
-    make_trainer(tmp_path, recipe(), max_steps=2).fit(plain, make_data(tmp_path))
+    plain, task = (make_task(model=deep_model(), **RECIPE) for _ in range(2))
+    make_trainer(tmp_path, [EMA()], max_steps=2).fit(plain, make_data(tmp_path))
     with pytest.warns(UserWarning, match=r"nothing is compiled.*no compiler was found; install a C\+\+ compiler"):
-        make_trainer(tmp_path, recipe(CompileBlocks()), max_steps=2).fit(model, make_data(tmp_path))
-    assert torch.equal(parameters(model), parameters(plain))
+        make_trainer(tmp_path, [EMA(), CompileBlocks()], max_steps=2).fit(task, make_data(tmp_path))
+    assert torch.equal(parameters(task), parameters(plain))
 
 
 def test_an_unknown_mode_is_refused_before_anything_runs():
@@ -210,10 +211,10 @@ class Steps(Waits):
 
 
 def whole_recipe(folder: Path, *more: L.Callback) -> L.Trainer:
-    """All that the recipes have, logging after steps 4, 8 and 12, refreshing timesteps after 3, 6, 9 and 12."""
+    """All that the recipes have, logging after steps 4, 8 and 12."""
     watching = [LearningRateMonitor(), Throughput(), FigureLogger(), SampleLogger(), LikelihoodBound(tau=1.0)]
     keep = ModelCheckpoint(folder, every_n_train_steps=100, save_last=True)
-    callbacks = [DiffusionToEncoderWarmup(8), AdaptiveTimestepUpdate(3), EMA(), *watching, SaveAtEnd(), *more, keep]
+    callbacks = [EMA(), *watching, SaveAtEnd(), *more, keep]
     logger = TensorBoardLogger(folder, default_hp_metric=False)
     arguments = {"max_steps": 12, "log_every_n_steps": 4, "limit_val_batches": 0, "enable_checkpointing": True}
     arguments |= {"logger": logger, "gradient_clip_val": 1.0, "precision": "bf16-mixed"}
@@ -222,9 +223,10 @@ def whole_recipe(folder: Path, *more: L.Callback) -> L.Trainer:
 
 def test_a_step_without_logging_brings_no_number_from_the_device(tmp_path):
     trainer = whole_recipe(tmp_path)
-    model = make_model(tokenizer=make_tokenizer(), token_fraction=0.5, hidden_masking=0.1, lr_decay=0.5)
+    changes = {"token_fraction": 0.5, "hidden_masking": 0.1, "lr_decay": 0.5}
+    task = make_task(tokenizer=make_tokenizer(), warmup_steps=8, timestep_refresh=3, **changes)
     with Steps(trainer) as waits:
-        trainer.fit(model, make_data(tmp_path, batch_size=2))  # 13 steps an epoch
+        trainer.fit(task, make_data(tmp_path, batch_size=2))  # 13 steps an epoch
     assert {*waits.steps} == {0, 4, 8, 12}  # the order of rows is drawn, on the host; then logging
 
 
@@ -237,6 +239,7 @@ def test_what_a_step_logs_is_on_the_device_already(tmp_path, monkeypatch):
         log(self, name, value, *args, **kwargs)
 
     monkeypatch.setattr(L.LightningModule, "log", note)
-    whole_recipe(tmp_path).fit(make_model(tokenizer=make_tokenizer()), make_data(tmp_path))
+    task = make_task(tokenizer=make_tokenizer(), warmup_steps=8, timestep_refresh=3)
+    whole_recipe(tmp_path).fit(task, make_data(tmp_path))
     assert {"train/loss", "train/gamma", "train/grad_norm", "train/latent_std"} <= logged.keys()
     assert {*map(frozenset, logged.values())} == {frozenset([Tensor])}

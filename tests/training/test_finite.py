@@ -6,21 +6,15 @@ import re
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import FixedTokenEncoder, Given, generator, make_data, make_model, make_trainer
+from helpers.tiny import FixedTokenEncoder, Given, generator, make_data, make_task, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from ldlm.checkpoints.integrity import read
 from ldlm.checkpoints.io import CheckpointFiles
 from ldlm.nn.token_decoders import LinearTokenDecoder
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 INF = torch.tensor([1.0, math.inf])
-
-
-def recipe(*more: L.Callback) -> list[L.Callback]:
-    return [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2), *more]
 
 
 # --- what a checkpoint holds
@@ -49,14 +43,14 @@ def test_an_infinite_optimizer_state_never_takes_the_place_of_a_good_one(tmp_pat
     saver = ModelCheckpoint(tmp_path / "runs", every_n_train_steps=2)
 
     class Poison(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
+        def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 4:
                 next(iter(trainer.optimizers[0].state.values()))["exp_avg_sq"][0] = math.inf
 
-    trainer = make_trainer(tmp_path, [Poison(), *recipe(saver)], max_steps=5, enable_checkpointing=True)
+    trainer = make_trainer(tmp_path, [Poison(), saver], max_steps=5, enable_checkpointing=True)
     said = r"step 4 was not written \(optimizer_states\.0\.state\.0\.exp_avg_sq is not finite\)"
     with pytest.warns(UserWarning, match=said), pytest.raises(OSError, match="the last checkpoint of this run was not"):
-        trainer.fit(make_model(), make_data(tmp_path))
+        trainer.fit(make_task(), make_data(tmp_path))
     assert {read(file)["global_step"] for file in (tmp_path / "runs").glob("*.ckpt")} == {2}
 
 
@@ -80,9 +74,9 @@ def test_hidden_states_that_are_not_finite_are_refused_and_leave_the_statistics_
 def test_a_run_whose_token_encoder_gives_infinities_ends_before_its_first_step(tmp_path):
     encoder = FixedTokenEncoder()
     encoder.table[:, 3] = math.inf
-    trainer = make_trainer(tmp_path, recipe())
+    trainer = make_trainer(tmp_path, [])
     with pytest.raises(ValueError, match="FixedTokenEncoder gives hidden states that are not finite"):
-        trainer.fit(make_model(token_encoder=encoder), make_data(tmp_path))
+        trainer.fit(make_task(token_encoder=encoder), make_data(tmp_path))
     assert trainer.global_step == 0
     assert encoder.mean.isfinite().all()
     assert encoder.statistics_rows == 0
@@ -95,6 +89,4 @@ def test_a_token_decoder_that_starts_at_infinite_embeddings_is_refused(tmp_path)
 
     decoder = LinearTokenDecoder(16, 40, from_embeddings=True)
     with pytest.raises(ValueError, match=r"token_decoder\.\S+ is not finite before training"):
-        make_trainer(tmp_path, recipe()).fit(
-            make_model(token_encoder=Infinite(), token_decoder=decoder), make_data(tmp_path)
-        )
+        make_trainer(tmp_path, []).fit(make_task(token_encoder=Infinite(), token_decoder=decoder), make_data(tmp_path))
