@@ -265,14 +265,19 @@ class LDLMTask(L.LightningModule):
 
         The first hook of all: what cannot work is refused here, before texts are packed and callbacks touch the model.
         """
+        recipe = (DiffusionToEncoderWarmup, AdaptiveTimestepUpdate)
         there: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        # Those of another task, which this trainer fitted before, have that one's arguments.
+        there[:] = [one for one in there if not isinstance(one, recipe) or one.brought_by in (None, self)]
         check_precision(str(self.trainer.precision))
         if self.trainer.training:
             check_callbacks(there)
             check_uncompiled(self)
         ours: list[L.Callback] = [SkippedSteps(), LatentMonitor(), StopOnSignal()]
         if self.trainer.state.fn == TrainerFn.FITTING:
-            ours = [DiffusionToEncoderWarmup(self.warmup_steps), AdaptiveTimestepUpdate(self.timestep_refresh), *ours]
+            warmup, refresh = DiffusionToEncoderWarmup(self.warmup_steps), AdaptiveTimestepUpdate(self.timestep_refresh)
+            warmup.brought_by = refresh.brought_by = self
+            ours = [warmup, refresh, *ours]
         # Lightning would let ours win over an instance of the same class.
         return [callback for callback in ours if not any(isinstance(one, type(callback)) for one in there)]
 

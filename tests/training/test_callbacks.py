@@ -441,3 +441,13 @@ def test_a_loader_of_tensors_needs_no_data_module(tmp_path):
     u = task.model.timesteps.sample(4, draw)
     assert torch.isfinite(task.objective(task.model, rows(4), u, task.gamma, draw).total)
     assert math.isclose(task.gamma.item(), equation_30(3, 4, 0, 10, 0.8), rel_tol=1e-6)
+
+
+def test_a_trainer_that_fits_another_task_takes_the_warm_up_and_the_refresh_of_that_one(tmp_path):
+    trainer = make_trainer(tmp_path, [], max_steps=2)
+    for steps, task in ((4, make_task(warmup_steps=4, timestep_refresh=3)), (9, make_task(warmup_steps=9))):
+        trainer.fit(task, DataLoader(rows(8), batch_size=4))
+        (warmup,) = [one for one in trainer.callbacks if isinstance(one, DiffusionToEncoderWarmup)]
+        (refresh,) = [one for one in trainer.callbacks if isinstance(one, AdaptiveTimestepUpdate)]
+        assert (warmup.steps, refresh.every_n_steps) == (steps, task.timestep_refresh)
+        trainer.fit_loop.epoch_loop.max_steps += 2

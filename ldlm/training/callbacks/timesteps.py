@@ -30,6 +30,7 @@ class AdaptiveTimestepUpdate(Recorded):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
+        self.brought_by: L.LightningModule | None = None  # by `LDLMTask`, of its own argument
         self._step = 0
 
     def settings(self) -> dict[str, Any]:

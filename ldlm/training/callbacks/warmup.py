@@ -55,6 +55,7 @@ class DiffusionToEncoderWarmup(Recorded):
         self.gamma_min = gamma_min
         self.k = k
         self.c = c
+        self.brought_by: L.LightningModule | None = None  # by `LDLMTask`, of its own argument
 
     def settings(self) -> dict[str, Any]:
         """All arguments."""
