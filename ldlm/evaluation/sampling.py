@@ -83,7 +83,7 @@ def sample(
         seed: Of the noise.
         sampler: None for the model's.
         grid: None for the model's.
-        on_step: As in `Generation.sample_batches`.
+        on_step: As in `LDLM.sample_batches`.
     """
     count, size, nfe = options.num_samples, options.batch_size, options.nfe
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
