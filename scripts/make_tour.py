@@ -210,7 +210,8 @@ for name, loss in before.terms.items():
         """## Where it trains
 
 The timestep sampler draws times where the loss rises fastest. F is its distribution function, and F(t) is called the
-adapted time; samplers can follow it, too.""",
+adapted time; samplers can follow it, too. As long as too few rows were seen to tell, as after these ten steps, it draws
+evenly.""",
         """
 from ldlm import UniformGrid
 
