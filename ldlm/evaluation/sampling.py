@@ -1,7 +1,7 @@
 """Sampling from a stored model, as ``ldlm generate`` and evaluations do it.
 
-In: a checkpoint, an exported folder or a hub id; names of a sampler and a grid. Out: the model on its device; token ids,
-batch by batch.
+In: a checkpoint, an exported folder or a hub id; names of a sampler and a grid. Out: the model on its device; token
+ids, batch by batch.
 Paper: section 4.3 (sampling) and App. C: neither token encoder nor latent encoder is used.
 """
 

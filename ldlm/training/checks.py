@@ -145,8 +145,8 @@ def check_uncompiled(module: L.LightningModule) -> None:
     """Refuse a task that was compiled whole: a training step draws noise and logs, and there is no ``forward``."""
     if module._compiler_ctx is not None or module._compiled_call_impl is not None:
         raise ValueError(
-            "torch.compile cannot compile a whole LDLMTask, whose training step draws noise and logs: give the trainer the "
-            "task as it was, and compile the model's layers by ldlm.CompileBlocks() among the callbacks"
+            "torch.compile cannot compile a whole LDLMTask, whose training step draws noise and logs: give the trainer "
+            "the task as it was, and compile the model's layers by ldlm.CompileBlocks() among the callbacks"
         )
 
 
