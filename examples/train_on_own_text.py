@@ -12,10 +12,10 @@ from ldlm import (
     EMA,
     LDLM,
     AdaptedGrid,
-    AdaptiveTimestepUpdate,
     Ancestral,
-    DiffusionToEncoderWarmup,
     DiT,
+    JointObjective,
+    LDLMTask,
     LinearTokenDecoder,
     PackedTextDataModule,
     PerceiverResamplerDecoder,
@@ -40,21 +40,26 @@ def main(path: str, max_steps: int = 2400, batch_size: int = 64, width: int = 25
         tokenizer=ENCODER,
         sequence_length=TOKENS,
         sigma_dec=1.0,
-        token_fraction=0.125,
+        sampler=Ancestral(),
+        grid=AdaptedGrid(),
+    )
+    task = LDLMTask(
+        model,
+        JointObjective(token_fraction=0.125),
+        warmup_steps=max_steps // 3,
+        timestep_refresh=100,
         learning_rate=8e-4,
         lr_warmup_steps=100,
         lr_decay=0.2,
-        sampler=Ancestral(),
-        grid=AdaptedGrid(),
     )
     trainer = L.Trainer(
         max_steps=max_steps,
         precision="bf16-mixed",
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
-        callbacks=[DiffusionToEncoderWarmup(max_steps // 3), AdaptiveTimestepUpdate(100), EMA(0.995)],
+        callbacks=[EMA(0.995)],
     )
-    trainer.fit(model, data)
+    trainer.fit(task, data)
     model.save_pretrained("own_text_model")
     return model.generate(4, nfe, batch_size=4)
 

@@ -133,10 +133,10 @@ print(
     (
         """## All at once
 
-`LDLM` is the Lightning module that holds the parts and adds up their three losses.""",
+`LDLM` holds the parts, and an objective says what is minimised: the paper's is the sum of three losses, at given times
+and with noise from a given source.""",
         """
-from ldlm import LDLM, AdaptedGrid, Ancestral
-from ldlm.rng import generator
+from ldlm import LDLM, AdaptedGrid, Ancestral, JointObjective
 
 model = LDLM(
     encoder,
@@ -148,18 +148,14 @@ model = LDLM(
     tokenizer=bert,
     sequence_length=32,
     sigma_dec=1.0,
-    token_fraction=0.125,
-    learning_rate=1e-3,
-    lr_warmup_steps=5,
     sampler=Ancestral(),
     grid=AdaptedGrid(),
 )
+objective = JointObjective(token_fraction=0.125)
+u = (torch.arange(8) + 0.5) / 8
 with torch.no_grad():
-    before = model.losses(tokens, generator(0, "tour"))
-print(
-    f"diffusion {before.diffusion:.3f} + reconstruction {before.reconstruction:.3f} + token {before.token:.3f}"
-    f" = {before.total:.3f}"
-)
+    before = objective(model, tokens, u, gamma=1.0, source=torch.Generator().manual_seed(0))
+print(" + ".join(f"{name} {loss:.3f}" for name, loss in before.terms.items()), f"= {before.total:.3f}")
 for name in ("latent_encoder", "denoiser", "latent_decoder", "token_decoder"):
     print(f"{name:<15}{sum(p.numel() for p in getattr(model, name).parameters()):>12,} parameters")
 """,
@@ -170,25 +166,28 @@ for name in ("latent_encoder", "denoiser", "latent_decoder", "token_decoder"):
 Early in training the diffusion loss would pull the latents together. The warm-up scales the gradient that it sends to
 the latent encoder, by a γ that rises from 0 to 1; values and the denoiser's own gradient stay what they are.""",
         """
-from ldlm.training.callbacks.warmup import warmup_gamma
+from ldlm import DiffusionToEncoderWarmup
 
+warmup = DiffusionToEncoderWarmup(steps=1000)
 for step in (0, 600, 800, 1000):
-    model.gamma = torch.tensor(warmup_gamma(step, steps=1000))
-    diffusion = model.losses(tokens, generator(0, "tour")).diffusion
-    (gradient,) = torch.autograd.grad(diffusion, latent_encoder.resampler.out.weight)
-    print(f"step {step:>4}  gamma {model.gamma:.4f}  loss {diffusion:.4f}  encoder's gradient {gradient.norm():.5f}")
+    gamma = warmup.gamma(step)
+    loss = objective(model, tokens, u, gamma, torch.Generator().manual_seed(0)).terms["diffusion"]
+    (gradient,) = torch.autograd.grad(loss, latent_encoder.resampler.out.weight)
+    print(f"step {step:>4}  gamma {gamma:.4f}  loss {loss:.4f}  encoder's gradient {gradient.norm():.5f}")
 """,
     ),
     (
         """## Training
 
-A plain Lightning `Trainer` with two callbacks: one sets γ, one feeds the losses to the timestep sampler and refreshes
-it. Ten steps are next to nothing, but the losses move.""",
+`LDLMTask` is the Lightning module: it trains the model on the objective with a plain `Trainer`. It brings two callbacks
+along: one sets γ, one feeds the losses to the timestep sampler and refreshes it. Ten steps are next to nothing, but the
+losses move.""",
         """
 import lightning as L
 
-from ldlm import AdaptiveTimestepUpdate, DiffusionToEncoderWarmup
+from ldlm import LDLMTask
 
+task = LDLMTask(model, objective, warmup_steps=1000, timestep_refresh=5, learning_rate=1e-3, lr_warmup_steps=5)
 trainer = L.Trainer(
     max_steps=10,
     accelerator="cpu",
@@ -199,20 +198,20 @@ trainer = L.Trainer(
     enable_model_summary=False,
     num_sanity_val_steps=0,
     limit_val_batches=0,
-    callbacks=[DiffusionToEncoderWarmup(steps=1000), AdaptiveTimestepUpdate(every_n_steps=5)],
 )
-trainer.fit(model, data)
+trainer.fit(task, data)
 with torch.no_grad():
-    after = model.losses(tokens, generator(0, "tour"))
-for name in ("diffusion", "reconstruction", "token"):
-    print(f"{name:<15}{getattr(before, name):7.3f} before {getattr(after, name):7.3f} after")
+    after = objective(model, tokens, u, gamma=1.0, source=torch.Generator().manual_seed(0))
+for name, loss in before.terms.items():
+    print(f"{name:<15}{loss:7.3f} before {after.terms[name]:7.3f} after")
 """,
     ),
     (
         """## Where it trains
 
 The timestep sampler draws times where the loss rises fastest. F is its distribution function, and F(t) is called the
-adapted time; samplers can follow it, too.""",
+adapted time; samplers can follow it, too. As long as too few rows were seen to tell, as after these ten steps, it draws
+evenly.""",
         """
 from ldlm import UniformGrid
 
@@ -236,16 +235,16 @@ for text in model.generate(2, nfe=16, seed=0, batch_size=2):
     (
         """## Keeping it
 
-A part is described by its class and its arguments, and a checkpoint carries that description: it loads with nothing
-else given. The frozen weights are named by their digest and not copied.""",
+A part is described by its class and its arguments, and checkpoints and exports carry that description: they load with
+nothing else given. The frozen weights are named by their digest and not copied.""",
         """
 import json
+from pathlib import Path
 
-from ldlm.checkpoints.description import describe
-
-print(json.dumps(describe(schedule)))
-print(json.dumps(describe(encoder), indent=1))
 model.save_pretrained("tour_model")
+parts = json.loads(Path("tour_model/ldlm.json").read_text())["model"]["init_args"]
+print(json.dumps(parts["schedule"]))
+print(json.dumps(parts["token_encoder"], indent=1))
 again = LDLM.from_pretrained("tour_model")
 print("the same texts:", again.generate(2, nfe=16, batch_size=2) == model.eval().generate(2, nfe=16, batch_size=2))
 """,

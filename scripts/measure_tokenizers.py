@@ -19,9 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ldlm import (
     LDLM,
-    AdaptiveTimestepUpdate,
-    DiffusionToEncoderWarmup,
     DiT,
+    LDLMTask,
     LinearTokenDecoder,
     PackedTextDataModule,
     PerceiverResamplerDecoder,
@@ -61,7 +60,7 @@ def train(tokenizer: PreTrainedTokenizerBase, folder: str) -> tuple[float, bool]
     data = PackedTextDataModule(f"{folder}/texts.txt", tokenizer, **arguments)
     coder = {"hidden_size": 16, "latent_size": 8, "sequence_length": 16, "width": 16, "layers": 1, "heads": 2}
     parts = {"latent_encoder": PerceiverResamplerEncoder(**coder), "latent_decoder": PerceiverResamplerDecoder(**coder)}
-    parts |= {"denoiser": DiT(8, 16, width=16, layers=1, heads=2), "sequence_length": 16, "statistics_rows": 8}
+    parts |= {"denoiser": DiT(8, 16, width=16, layers=1, heads=2), "sequence_length": 16}
     vocabulary = size(tokenizer)
     model = LDLM(
         RandomVectors(vocabulary), token_decoder=LinearTokenDecoder(16, vocabulary), tokenizer=tokenizer, **parts
@@ -72,9 +71,8 @@ def train(tokenizer: PreTrainedTokenizerBase, folder: str) -> tuple[float, bool]
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    callbacks = [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(1)]
-    trainer = L.Trainer(accelerator="cpu", max_steps=2, callbacks=callbacks, default_root_dir=folder, **quiet)
-    trainer.fit(model, data)
+    trainer = L.Trainer(accelerator="cpu", max_steps=2, default_root_dir=folder, **quiet)
+    trainer.fit(LDLMTask(model, warmup_steps=0, timestep_refresh=1, statistics_rows=8), data)
     trainer.save_checkpoint(f"{folder}/model.ckpt")
     loaded = LDLM.load_from_checkpoint(f"{folder}/model.ckpt")
     loaded.generate(1, nfe=2)

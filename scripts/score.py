@@ -12,9 +12,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from ldlm import LDLM, PackedTextDataModule
 from ldlm.evaluation.sampling import GRIDS, SAMPLERS, named
-from ldlm.metrics.generative_perplexity import GenerativePerplexity
-from ldlm.metrics.scorer import Scorer, load_scorer
-from ldlm.metrics.text import UnigramEntropy
+from ldlm.metrics import GenerativePerplexity, Scorer, UnigramEntropy, load_scorer
 
 
 def load_quickstart_scorer() -> Scorer:
@@ -55,8 +53,8 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=256, help="rows")
     parser.add_argument("--nfe", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampler", help="class in ldlm.diffusion.samplers")
-    parser.add_argument("--grid", help="class in ldlm.diffusion.samplers")
+    parser.add_argument("--sampler", help="a public sampler, by its name")
+    parser.add_argument("--grid", help="a public grid, by its name")
     options = parser.parse_args()
     model = LDLM.load_from_checkpoint(options.checkpoint)
     real = held_out(model, options.n)

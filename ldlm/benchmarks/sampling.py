@@ -1,10 +1,7 @@
-"""What ``ldlm bench`` does: a step of sampling, a step of training, packing, each beside what bounds it.
+"""``ldlm bench sampling``: a step of sampling beside a bare call of the denoiser, which bounds it.
 
-In: options. Out: a table, and a file of JSON with all that is needed to repeat the measurement.
-Paper: section 8 and Table 3 (time of sampling and of training), App. C (compute).
-
-Sampling is bounded by its calls of the denoiser, training (`bench_training.py`) by loss, gradients and optimizer
-without a Trainer, packing (`bench_packing.py`) by the tokenizer.
+In: options. Out: milliseconds, texts a second, their quotients, FLOPs, memory.
+Paper: section 8 and Table 3 (time of sampling), App. C (compute).
 """
 
 import argparse

@@ -31,7 +31,7 @@ STATES = (*WEIGHTS, "optimizer_states", "lr_schedulers", "MixedPrecision")
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Reads and writes a Trainer's checkpoints; every `LDLM` puts it in the place of Lightning's own.
+    """Reads and writes a Trainer's checkpoints; every `LDLMTask` puts it in the place of Lightning's own.
 
     A save that fails is warned of and leaves the older file in place: if the disk is full, a state is not finite, or
     somebody's callback keeps what reading would refuse. Files that were to make room for it stay until a later save

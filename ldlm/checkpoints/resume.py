@@ -18,7 +18,7 @@ from ldlm.checkpoints.integrity import is_remote, newest
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint in a folder or below it to go on from: most optimizer steps, then written last.
 
-    Others are passed over with a warning that says why. ``trainer.fit(model, data, ckpt_path=last_checkpoint("runs"))``
+    Others are passed over with a warning that says why. ``trainer.fit(task, data, ckpt_path=last_checkpoint("runs"))``
     starts from scratch where there is none.
 
     Args:

@@ -1,7 +1,7 @@
 """Words from a shell, and one sentence about what is wrong with them.
 
 In: words. Out: options; or a sentence on standard error and exit status 2.
-No section of the paper. Nothing heavy is imported here: `cli.py` reads its words before it knows what it needs.
+No section of the paper. Nothing heavy is imported here: `main.py` reads its words before it knows what it needs.
 """
 
 import argparse

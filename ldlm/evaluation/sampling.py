@@ -1,7 +1,7 @@
-"""What ``ldlm generate`` does: texts from noise, streamed to the terminal or to a file.
+"""Sampling from a stored model, as ``ldlm generate`` and evaluations do it.
 
-In: a checkpoint, an exported folder or a hub id. Out: texts on standard output, or JSON lines in a file: index, text,
-and what an evaluation reads of it besides, its token ids and its documents (`LDLM.to_lines`).
+In: a checkpoint, an exported folder or a hub id; names of a sampler and a grid. Out: the model on its device; token
+ids, batch by batch.
 Paper: section 4.3 (sampling) and App. C: neither token encoder nor latent encoder is used.
 """
 
@@ -83,7 +83,7 @@ def sample(
         seed: Of the noise.
         sampler: None for the model's.
         grid: None for the model's.
-        on_step: As in `Generation.sample_batches`.
+        on_step: As in `LDLM.sample_batches`.
     """
     count, size, nfe = options.num_samples, options.batch_size, options.nfe
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

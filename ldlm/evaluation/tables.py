@@ -1,6 +1,6 @@
 """The results of a sweep, to be looked at: a table, figures, and other people's rows beside one's own.
 
-In: runs as `sweep.py` writes them down. Out: a table for the terminal; matplotlib figures by name.
+In: runs as `evaluate.py` writes them down. Out: a table for the terminal; matplotlib figures by name.
 Paper: Tables 8 and 9, whose numbers are in ``published.yaml``; Fig. 1, Fig. 3 left and Fig. 5.
 """
 

@@ -18,7 +18,8 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedTokenizerBase
 
 from ldlm.data.datamodule import PackedTextDataModule
@@ -105,7 +106,7 @@ def tokens_of(batch: object, sequence_length: int, vocab_size: int) -> Tensor:
         raise ValueError(
             f"a batch is {given}, but token ids are wanted: integers of shape [rows, {sequence_length}], as a tensor, "
             "as all that a list or tuple holds, or as 'input_ids' of a dictionary; mend the loader or its collate_fn, "
-            "or take the tokens out in on_before_batch_transfer, a hook of models and data modules"
+            "or take the tokens out in on_before_batch_transfer, a hook of tasks and data modules"
         )
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.device.type == "cpu" and not mask.numpy().all():
@@ -141,13 +142,15 @@ def check_callbacks(callbacks: list[L.Callback]) -> None:
                 raise ValueError(f"{type(callback).__name__} {reason}")
 
 
-def check_uncompiled(module: L.LightningModule) -> None:
-    """Refuse a model that was compiled whole: a training step draws noise and logs, and there is no ``forward``."""
-    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
-        raise ValueError(
-            "torch.compile cannot compile a whole LDLM, whose training step draws noise and logs: give the trainer the "
-            "model as it was, and compile its layers by ldlm.CompileBlocks() among the callbacks"
-        )
+def check_uncompiled(task: L.LightningModule, model: nn.Module) -> None:
+    """Refuse what was compiled whole: a training step draws noise and logs, and there is no ``forward``."""
+    for module in (task, model):
+        wrapped = isinstance(module, OptimizedModule) or (module is task and task._compiler_ctx is not None)
+        if wrapped or module._compiled_call_impl is not None:
+            raise ValueError(
+                "torch.compile cannot compile a whole LDLM or its LDLMTask, whose training step draws noise and logs: "
+                "give both as they were, and compile the model's layers by ldlm.CompileBlocks() among the callbacks"
+            )
 
 
 def check_precision(precision: str) -> None:

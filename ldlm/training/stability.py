@@ -1,6 +1,6 @@
 """What watches over the numbers of a run that nobody watches: updates left out, latents that collapse or explode.
 
-In: a Trainer and its model, which brings these callbacks along; one of the trainer's own takes the place of its like.
+In: a Trainer and its task, which brings these callbacks along; one of the trainer's own takes the place of its like.
 Out: counts, warnings, and an end where nothing is learnt any more. Paper: section 5.2 and Table 1 know the collapse.
 
 Nothing here waits for a device or for another rank within a step: numbers are sent off and read an interval later.

@@ -272,7 +272,7 @@ class LDLMTask(L.LightningModule):
         check_precision(str(self.trainer.precision))
         if self.trainer.training:
             check_callbacks(there)
-            check_uncompiled(self)
+            check_uncompiled(self, self.model)
         ours: list[L.Callback] = [SkippedSteps(), LatentMonitor(), StopOnSignal()]
         if self.trainer.state.fn == TrainerFn.FITTING:
             warmup, refresh = DiffusionToEncoderWarmup(self.warmup_steps), AdaptiveTimestepUpdate(self.timestep_refresh)

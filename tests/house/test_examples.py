@@ -5,13 +5,20 @@ import re
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
 import yaml
 from helpers import ROOT
 from helpers.texts import own_text
+from helpers.tiny import make_model, make_task, make_trainer, rows
 
-import ldlm.cli
+from ldlm.cli.main import main
 from ldlm.model import LDLM
+from ldlm.objective import JointObjective
+from ldlm.rng import generator
+from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.task import LDLMTask
 
 FAST = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
 
@@ -27,7 +34,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("LDLM_CACHE", str(tmp_path / "cache"))
     yield tmp_path
-    for name in ("my_encoder", "custom_encoder", "train_on_own_text", "window", "test_window"):
+    for name in ("my_encoder", "custom_encoder", "train_on_own_text", "window", "test_window", "scale", "linear"):
         sys.modules.pop(name, None)
     for path in tmp_path.rglob("*.ckpt"):  # pytest keeps the folders of its last runs
         path.unlink()
@@ -52,9 +59,9 @@ def test_a_custom_encoder_trains_from_yaml_and_generates_with_import(folder, cap
     recipe["trainer"]["callbacks"].pop()  # printing texts takes longer than training two steps
     recipe["data"] |= {"dataset": "my_text.txt", "batch_size": 4}
     Path("tiny.yaml").write_text(yaml.safe_dump(recipe))
-    ldlm.cli.main.main(["fit", "--config", "tiny.yaml", *FAST, "--trainer.default_root_dir", "runs"])
+    main(["fit", "--config", "tiny.yaml", *FAST, "--trainer.default_root_dir", "runs"])
     checkpoint = str(next(Path("runs").rglob("*.ckpt")))
-    ldlm.cli.main.main(["generate", checkpoint, "--import", "my_encoder", "-n", "2", "--nfe", "2", "--batch_size", "2"])
+    main(["generate", checkpoint, "--import", "my_encoder", "-n", "2", "--nfe", "2", "--batch_size", "2"])
     assert re.findall(r"^\[\d\]", capsys.readouterr().out, re.M) == ["[0]", "[1]"]
 
 
@@ -74,23 +81,79 @@ def extending() -> dict[str, str]:
     return dict(re.findall(r'```\w+ title="([\w.]+)"\n(.*?)```', page, re.S))
 
 
-def test_the_encoder_of_the_extending_page_keeps_its_contract_and_trains_from_yaml(folder):
-    blocks = extending()
-    assert blocks.keys() == {"window.py", "test_window.py", "window.yaml"}
-    assert 15 <= len([line for line in blocks["window.py"].splitlines() if line]) <= 22  # "in twenty lines"
-    for title, code in blocks.items():
+@pytest.fixture
+def blocks(folder):
+    """These blocks, each written into the current folder under its title."""
+    found = extending()
+    assert list(found) == [
+        "window.py",
+        "test_window.py",
+        "window.yaml",
+        "scale.py",
+        "scale.yaml",
+        "linear.py",
+        "linear.yaml",
+    ]
+    for title, code in found.items():
         Path(title).write_text(code)
-    importlib.import_module("test_window").test_window_encoder()
-    callbacks = [{"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1}}]
+    return found
+
+
+def fit_quickstart(overlay: str, **training: int) -> Path:
+    """The checkpoint of two steps of the quickstart on `my_text.txt` with an overlay."""
     small = {
         "data": {"dataset": "my_text.txt", "batch_size": 4, "validation_rows": 4},
-        "warmup": {"steps": 0},
-        "trainer": {"callbacks": callbacks},
-        "model": {"timesteps": {"class_path": "UniformTimesteps"}, "statistics_rows": 8},
+        "training": {"statistics_rows": 8} | training,
+        "trainer": {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1}}]},
+        "model": {"timesteps": {"class_path": "UniformTimesteps"}},
     }
     Path("small.yaml").write_text(yaml.safe_dump(small))
-    recipes = ["--config", "quickstart", "--config", "window.yaml", "--config", "small.yaml"]
-    ldlm.cli.main.main(["fit", *recipes, *FAST])
-    model = LDLM.load_from_checkpoint(next(Path("ldlm_runs").rglob("*.ckpt")))
+    recipes = [word for name in ("quickstart", "small.yaml", overlay) for word in ("--config", name)]
+    main(["fit", *recipes, *FAST])
+    return next(Path("ldlm_runs").rglob("*.ckpt"))
+
+
+def test_the_encoder_of_the_extending_page_keeps_its_contract_and_trains_from_yaml(blocks):
+    assert 15 <= len([line for line in blocks["window.py"].splitlines() if line]) <= 22  # "in twenty lines"
+    importlib.import_module("test_window").test_window_encoder()
+    model = LDLM.load_from_checkpoint(fit_quickstart("window.yaml", warmup_steps=0))
     assert type(model.latent_encoder) is sys.modules["window"].WindowEncoder
     assert (model.latent_encoder.window, model.latent_encoder.sequence_length) == (7, 32)
+
+
+def test_the_objective_of_the_extending_page_trains_from_yaml_and_is_in_the_checkpoint(blocks):
+    objective = LDLMTask.load_from_checkpoint(fit_quickstart("scale.yaml", warmup_steps=0)).objective
+    assert type(objective) is sys.modules["scale"].ScaleObjective
+    assert (objective.weight, objective.target) == (0.5, 1.0)
+
+
+def test_the_objective_of_the_extending_page_is_the_papers_and_what_its_page_says(blocks):
+    objective = importlib.import_module("scale").ScaleObjective(weight=0.5, target=2.0)
+    model, tokens, u = make_model(), rows(6), torch.linspace(0.1, 0.9, 6)
+    losses = objective(model, tokens, u, 0.3, generator(1))
+    paper = JointObjective()(model, tokens, u, 0.3, generator(1))
+    squares = (model.encode(tokens).detach().double().numpy() ** 2).reshape(6, -1).mean(1)
+    want = ((squares - 2.0) ** 2).mean()
+    assert losses.terms["scale"].item() == pytest.approx(want, rel=1e-5)
+    assert losses.total.item() == pytest.approx(paper.total.item() + 0.5 * want, rel=1e-5)
+    assert losses.terms.keys() == paper.terms.keys() | {"scale"}
+    weight = model.latent_encoder.resampler.out.weight
+    assert torch.autograd.grad(losses.terms["scale"], weight)[0].any()
+
+
+def test_the_warm_up_of_the_extending_page_takes_the_place_of_the_tasks(blocks):
+    warmup = importlib.import_module("linear").LinearWarmup(4)
+    seen = []
+    note = L.pytorch.callbacks.LambdaCallback(
+        on_train_batch_end=lambda trainer, task, output, batch, index: seen.append(output["gamma"].item())
+    )
+    trainer = make_trainer(Path("."), [warmup, note], max_steps=6)
+    trainer.fit(make_task(warmup_steps=100), torch.utils.data.DataLoader(rows(24), batch_size=4))
+    assert [callback for callback in trainer.callbacks if isinstance(callback, DiffusionToEncoderWarmup)] == [warmup]
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_the_warm_up_of_the_extending_page_is_added_to_a_recipes_callbacks(blocks):
+    about = torch.load(fit_quickstart("linear.yaml", warmup_steps=100), weights_only=True)["ldlm"]
+    assert about["run"]["LinearWarmup.steps"] == 1000
+    assert not [name for name in about["run"] if name.startswith("DiffusionToEncoderWarmup")]

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 from helpers.texts import own_text
 
-import ldlm.cli
+from ldlm.cli.main import main
 
 README = (ROOT / "README.md").read_text()
 VENV = "python3 -m venv .venv && . .venv/bin/activate && "
@@ -74,14 +74,14 @@ def test_the_ldlm_lines_run_one_after_the_other(folder, capsys):
     lines = ldlm_lines()
     assert [words[0] for words in lines] == ["presets", "fit", "generate", "export"]
     for words in lines:
-        ldlm.cli.main.main([*words, "--trainer.max_steps", "2"] if words[0] == "fit" else words)
+        main([*words, "--trainer.max_steps", "2"] if words[0] == "fit" else words)
     assert len(Path("samples.jsonl").read_text().splitlines()) == 8
     assert {"model.safetensors", "ldlm.json"} <= {path.name for path in Path("my_model").iterdir()}
 
 
 @pytest.mark.slow
 def test_the_quickstart_line_runs_on_its_own_corpus(folder, capsys):
-    ldlm.cli.main.main([*shlex.split(QUICKSTART.rpartition("&& ")[2])[1:], "--trainer.max_steps", "2"])
+    main([*shlex.split(QUICKSTART.rpartition("&& ")[2])[1:], "--trainer.max_steps", "2"])
     printed = capsys.readouterr().out
     assert "generated" in printed
     assert "ldlm generate ldlm_runs/quickstart/version_0/checkpoints/last.ckpt" in printed

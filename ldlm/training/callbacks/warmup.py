@@ -62,7 +62,7 @@ class DiffusionToEncoderWarmup(Recorded):
         return dict(describe(self, kind=DiffusionToEncoderWarmup)["init_args"])
 
     def gamma(self, step: int) -> float:
-        """Gamma after ``step`` optimizer steps."""
+        """Gamma after ``step`` optimizer steps; a seam, for a subclass that follows another curve."""
         return warmup_gamma(step, self.steps, self.gamma_min, self.k, self.c)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
