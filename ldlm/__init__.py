@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from ldlm.objective import Losses as Losses
     from ldlm.objective import Objective as Objective
     from ldlm.objective import TokenObjective as TokenObjective
+    from ldlm.objective import denoising_loss as denoising_loss
+    from ldlm.objective import normal_like as normal_like
     from ldlm.tokenizer import load_tokenizer as load_tokenizer
     from ldlm.training.callbacks.efficiency import CompileBlocks as CompileBlocks
     from ldlm.training.callbacks.efficiency import RecomputeActivations as RecomputeActivations
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from ldlm.training.callbacks.visualisation import Throughput as Throughput
     from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup as DiffusionToEncoderWarmup
     from ldlm.training.preemption import StopOnSignal as StopOnSignal
+    from ldlm.training.resuming import Recorded as Recorded
     from ldlm.training.stability import LatentMonitor as LatentMonitor
     from ldlm.training.stability import SkippedSteps as SkippedSteps
     from ldlm.training.stages import FixedLatents as FixedLatents
@@ -94,7 +97,7 @@ _PLACES = {
     "ldlm.nn.token_decoders": "TokenDecoder LinearTokenDecoder TransformerTokenDecoder",
     "ldlm.nn.token_encoders": "TokenEncoder FrozenTokenEncoder PretrainedTokenEncoder ShallowTokenEncoder "
     "EmbeddingTokenEncoder",
-    "ldlm.objective": "JointObjective Losses Objective TokenObjective",
+    "ldlm.objective": "JointObjective Losses Objective TokenObjective denoising_loss normal_like",
     "ldlm.tokenizer": "load_tokenizer",
     "ldlm.training.callbacks.efficiency": "CompileBlocks RecomputeActivations",
     "ldlm.training.callbacks.ema": "EMA",
@@ -106,6 +109,7 @@ _PLACES = {
     "ldlm.training.callbacks.visualisation": "FigureLogger SampleLogger ShowSamples Throughput SaveAtEnd",
     "ldlm.training.callbacks.warmup": "DiffusionToEncoderWarmup",
     "ldlm.training.preemption": "StopOnSignal",
+    "ldlm.training.resuming": "Recorded",
     "ldlm.training.stability": "SkippedSteps LatentMonitor",
     "ldlm.training.stages": "FixedLatents replace_token_decoder",
     "ldlm.training.task": "LDLMTask",
