@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ldlm import rng as noise
+from ldlm.rng import generator
 
 
 class PackedRows(Dataset[Tensor]):
@@ -107,7 +107,7 @@ class ShuffledOrder:
         while len(indices) < self.batch_size:
             epoch, inside = divmod(position, self.rows)
             if epoch != self._epoch:  # kept until the next epoch: 70M rows take seconds to permute
-                order = noise.generator(self.seed, "order", epoch)
+                order = generator(self.seed, "order", epoch)
                 self._epoch, self._permutation = epoch, torch.randperm(self.rows, generator=order)
             taken = self._permutation[inside : inside + self.batch_size - len(indices)].tolist()
             indices += taken

@@ -27,8 +27,8 @@ from ldlm._files import short
 from ldlm.data.corpus import FileCorpus
 from ldlm.evaluation.report import Shown
 from ldlm.hub import resolve
-from ldlm.metrics.generative_perplexity import FEW_TEXTS, GenerativePerplexity
-from ldlm.metrics.mauve import Mauve
+from ldlm.metrics.generative_perplexity import GenerativePerplexity
+from ldlm.metrics.mauve import FEW_TEXTS, Mauve
 from ldlm.metrics.memorisation import Memorisation
 from ldlm.metrics.protocols import find_protocol
 from ldlm.metrics.scorer import FEATURE_TOKENS, Scorer

@@ -1,7 +1,7 @@
-"""Measures of generated text: perplexity under a scorer, unigram entropy, n-gram diversity, MAUVE.
+"""Generative perplexity: how likely a scorer finds generated texts.
 
-In: texts, rows of token ids, or features of texts. Out: torchmetrics, which add up over batches and over ranks.
-Paper: section 6 and App. E. Entropies and log-likelihoods are in nats.
+In: texts. Out: a torchmetrics metric, which adds up over batches and over ranks.
+Paper: section 6 and App. E. Log-likelihoods are in nats.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,6 @@ from torchmetrics.utilities import dim_zero_cat
 from ldlm.metrics.protocols import find_protocol
 from ldlm.metrics.scorer import BATCH_TOKENS, FEATURE_TOKENS, Scorer
 from ldlm.metrics.text import PerText
-
-FEW_TEXTS = 500  # for MAUVE
 
 
 class GenerativePerplexity(PerText):

@@ -1,7 +1,7 @@
-"""Scorers, the causal language models that texts are scored with, and the protocols by which peers score.
+"""Scorers: the causal language models that texts are scored with.
 
 In: the name of a model; texts, or rows of its token ids. Out: nats of each token, features of each text [num h].
-Paper: section 6, whose generative perplexity is gpt2-large's. Published numbers follow one of five protocols.
+Paper: section 6, whose generative perplexity is gpt2-large's.
 """
 
 import struct

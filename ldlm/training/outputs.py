@@ -1,8 +1,10 @@
-"""What a step hands to callbacks, and the model they find in a task.
+"""What callbacks may rely on: what a task has, and what its steps return.
 
-In: a LightningModule. Out: its `LDLM`; the types of what `LDLMTask`'s steps return. No section of the paper.
+In: a LightningModule, what ``on_train_batch_end`` was given. Out: a task, its `LDLM`, a `StepOutput`.
+No section of the paper.
 """
 
+import abc
 from typing import Any, TypedDict, cast
 
 import lightning as L
@@ -46,18 +48,45 @@ class ValidationOutput(TypedDict):
     loss: Tensor
 
 
+class Task(L.LightningModule, abc.ABC):
+    """What callbacks find in the module that they are given; `LDLMTask` is one.
+
+    Attributes:
+        model: What is trained.
+        gamma: Share of the diffusion gradient that reaches the latent encoder, a scalar buffer.
+        seed: Of the noise.
+    """
+
+    model: LDLM
+    gamma: Tensor
+    seed: int
+
+    @abc.abstractmethod
+    def training_step(self, batch: Tensor, batch_idx: int) -> StepOutput:
+        """One micro-step."""
+
+
 def step_output(outputs: Any) -> StepOutput:
-    """The argument ``outputs`` of ``on_train_batch_end``, by its type."""
+    """The argument ``outputs`` of ``on_train_batch_end``, by its type.
+
+    Raises:
+        ValueError: If it is something else, as where somebody's ``training_step`` returns the loss alone.
+    """
+    if missing := StepOutput.__required_keys__ - dict(outputs or {}).keys():
+        raise ValueError(
+            f"training_step returned nothing as {', '.join(sorted(missing))}, which callbacks here read: return what "
+            "LDLMTask.training_step returned, changed as you like"
+        )
     return cast(StepOutput, outputs)
 
 
-def model_of(module: L.LightningModule) -> LDLM:
-    """The model that a task trains.
-
-    Raises:
-        ValueError: If the module is no `LDLMTask`.
-    """
-    model = dict(module.named_children()).get("model")
-    if not isinstance(model, LDLM):
+def task_of(module: L.LightningModule) -> Task:
+    """The module as a task; ValueError if it is something else."""
+    if not isinstance(module, Task):
         raise ValueError(f"this callback is for an LDLMTask, not for a {type(module).__name__}")
-    return model
+    return module
+
+
+def model_of(module: L.LightningModule) -> LDLM:
+    """The model that a task trains; ValueError if the module is no task."""
+    return task_of(module).model

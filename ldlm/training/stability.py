@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ldlm.data.datamodule import PackedTextDataModule
-from ldlm.model import LDLM
 from ldlm.training.outputs import model_of, step_output
 
 SHOWN = 32  # rows and times that an error lists
@@ -179,7 +178,9 @@ class LatentMonitor(L.Callback):
         decodes = model.sigma_dec > 0 and bool(output["terms"].keys() - {"diffusion"})
         if (values := self._later.read()) is not None:
             std, gamma, error = values
-            warning = self._diagnosis(model, std, gamma, error if told else None, decodes)
+            coordinates = model.latent_encoder.num_latents * model.latent_encoder.latent_size / model.sequence_length
+            seen, sigma_dec = (self._low, self._high), model.sigma_dec if decodes else None
+            warning = diagnosis(std, gamma, error if told else None, seen, sigma_dec, coordinates)
             if warning is not None and warning[0] not in self._warned:
                 self._warned.add(warning[0])
                 rank_zero_warn(f"step {trainer.global_step}: {warning[0]}: {warning[1]}")
@@ -188,19 +189,6 @@ class LatentMonitor(L.Callback):
         # The cross-entropy as a share of guessing's.
         share = output["terms"].get("token", output["gamma"]) / math.log(model.token_encoder.vocab_size)
         self._later.send(torch.stack([spread, output["gamma"], share]))
-
-    def _diagnosis(
-        self, model: LDLM, std: float, gamma: float, error: float | None, decodes: bool
-    ) -> tuple[str, str] | None:
-        m, d = model.latent_encoder.num_latents, model.latent_encoder.latent_size
-        return diagnosis(
-            std,
-            gamma,
-            error,
-            (self._low, self._high),
-            model.sigma_dec if decodes else None,
-            m * d / model.sequence_length,
-        )
 
 
 def spread_over_rows(z0: Tensor) -> Tensor | None:

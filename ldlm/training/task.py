@@ -7,6 +7,7 @@ A batch passes `training_step` to the objective; its gradient passes `configure_
 what happened is handed to the callbacks as a `StepOutput`. The paper's two callbacks and three monitors come along.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any, Self
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ from ldlm.training.checks import (
 )
 from ldlm.training.files import check_finite, check_saved, end_of_fit, take_over
 from ldlm.training.optim import LearningRate, adamw, clip_or_skip, guarded
-from ldlm.training.outputs import StepOutput, ValidationOutput
+from ldlm.training.outputs import StepOutput, Task, ValidationOutput
 from ldlm.training.preemption import StopOnSignal
 from ldlm.training.resuming import (
     align_progress,
@@ -60,7 +61,7 @@ from ldlm.training.stages import name_weights
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-class LDLMTask(L.LightningModule):
+class LDLMTask(Task):
     """Trains an `LDLM`: the recipe of the paper around any objective.
 
     ``state_dict`` is the model's, under the model's own names.
@@ -89,7 +90,6 @@ class LDLMTask(L.LightningModule):
         ValueError: If an argument is out of range, or the objective does not suit the model.
     """
 
-    gamma: Tensor
     skipped: Tensor
 
     def __init__(
@@ -145,12 +145,23 @@ class LDLMTask(L.LightningModule):
         # A part that comes frozen is what an earlier run left: a resumed run is to have the same.
         self._given = [name for name, part in model.named_children() if _is_frozen(part)]
         self._digest: str | None = None
-        self.objective.prepare(model)
+        self._thaw(self._prepare())  # a misfit is named now, and parts are frozen for the length of a fit
+        self._frozen: list[nn.Parameter] = []
         self.register_buffer("gamma", torch.ones(()), persistent=False)  # written by the warm-up
         self.register_buffer("skipped", torch.zeros(()), persistent=False)  # see `StepOutput`
         self._packed: tuple[PreTrainedTokenizerBase, dict[str, Tensor]] | None = None
         self._counted: tuple[int, float] | None = None
         self._last_step, self._micro_step, self._rows_done, self._rows_validated = -1, 0, 0, 0
+
+    def _prepare(self) -> list[nn.Parameter]:
+        """The parameters that the objective freezes."""
+        before = [p for p in self.model.parameters() if p.requires_grad]
+        self.objective.prepare(self.model)
+        return [p for p in before if not p.requires_grad]
+
+    def _thaw(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -169,16 +180,17 @@ class LDLMTask(L.LightningModule):
         u = times[mine.start : mine.stop]
         noise = RowNoise(self.seed, "noise", step, rows=mine, total=total, device=self.device)
         losses = self.objective(self.model, batch, u, self.gamma, noise)
-        if losses.rows is not None:
-            self.model.timesteps.observe(u, losses.rows)
+        rows = None if losses.rows is None else losses.rows.detach()
+        if rows is not None:
+            self.model.timesteps.observe(u, rows)
         terms = {name: loss.detach() for name, loss in losses.terms.items()}
-        std = spread_over_rows(losses.z0)
+        std = spread_over_rows(losses.z0.detach())
         logged = {"train/loss": losses.total.detach()} | ({} if std is None else {"train/latent_std": std})
         self.log_dict(logged | {f"train/{name}": loss for name, loss in terms.items()})
         return {
             "loss": guarded(losses.total),
             "terms": terms,
-            "rows": losses.rows,
+            "rows": rows,
             "times": times,
             "latent_std": std,
             "gamma": self.gamma,
@@ -267,16 +279,16 @@ class LDLMTask(L.LightningModule):
         """
         recipe = (DiffusionToEncoderWarmup, AdaptiveTimestepUpdate)
         there: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        # Those of another task, which this trainer fitted before, have that one's arguments.
-        there[:] = [one for one in there if not isinstance(one, recipe) or one.brought_by in (None, self)]
+        there[:] = [one for one in there if not (isinstance(one, recipe) and one.brought)]  # by an earlier fit
         check_precision(str(self.trainer.precision))
         if self.trainer.training:
             check_callbacks(there)
             check_uncompiled(self, self.model)
         ours: list[L.Callback] = [SkippedSteps(), LatentMonitor(), StopOnSignal()]
         if self.trainer.state.fn == TrainerFn.FITTING:
+            self._frozen += self._prepare()
             warmup, refresh = DiffusionToEncoderWarmup(self.warmup_steps), AdaptiveTimestepUpdate(self.timestep_refresh)
-            warmup.brought_by = refresh.brought_by = self
+            warmup.brought = refresh.brought = True
             ours = [warmup, refresh, *ours]
         # Lightning would let ours win over an instance of the same class.
         return [callback for callback in ours if not any(isinstance(one, type(callback)) for one in there)]
@@ -286,20 +298,26 @@ class LDLMTask(L.LightningModule):
         check_strategy(self.trainer.strategy)
         encoder = self.model.token_encoder
         if stage == "fit":
-            self._counted = encoder.stored = None
+            self._counted = self._digest = encoder.stored = None
         elif encoder.statistics_rows == 0:
             rank_zero_warn(
                 "the hidden states' mean and deviation were never measured, as this model was never fitted: the "
                 "numbers that follow say nothing of a trained one"
             )
 
+    def teardown(self, stage: str) -> None:
+        """Set free what the objective had frozen."""
+        if stage == "fit":
+            self._thaw(self._frozen)
+            self._frozen = []
+
     def configure_model(self) -> None:
         """The first hook after callbacks know their folders, before a checkpoint is read: see to the files."""
-        take_over(self.trainer)
         if self.trainer.training:
             self._packed = None
             self._pack_tokenizer()  # needs a temporary folder, which a save during the run must not
             check_finite(self.state_dict())
+        take_over(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to continue another run. Training takes the live parameters, everything else the EMA weights."""
@@ -326,6 +344,13 @@ class LDLMTask(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what would fail or mislead later; measure the hidden states' statistics, once."""
         model = self.model
+        if others := [name for name in super().state_dict() if not name.startswith("model.")]:
+            raise ValueError(
+                f"{type(self).__name__} has weights of its own, {others[0]}, which no checkpoint would hold: keep what "
+                "learns in a part of the model"
+            )
+        if self._given:
+            rank_zero_info(f"not trained, as they came frozen: {', '.join(self._given)}")
         self.about_run()  # a part that no checkpoint could describe is found now, not at the first checkpoint
         if self.trainer.ckpt_path is not None:
             # Whoever asked for the loader until now (for the length of the run) got one that begins at step 0.
@@ -379,9 +404,11 @@ class LDLMTask(L.LightningModule):
 
     # ---- files -------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
+    def state_dict(  # type: ignore[override]  # torch overloads it
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """The model's."""
-        return self.model.state_dict(*args, **kwargs)
+        return dict(self.model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Into the model."""
@@ -433,22 +460,11 @@ class LDLMTask(L.LightningModule):
 
     def __repr__(self) -> str:
         """The model, and what it is trained with."""
-        options = {k: v for k, v in self.about_run()["training"]["init_args"].items() if k != "objective"}
-        objective = ", ".join(f"{k}={v!r}" for k, v in describe(self.objective)["init_args"].items())
-        return "\n".join(
-            [
-                f"{type(self).__name__} with {type(self.objective).__name__}({objective})",
-                f"  {', '.join(f'{name}={value!r}' for name, value in options.items())}",
-                *(f"  {line}" for line in repr(self.model).splitlines()),
-            ]
-        )
-
-
-def task_of(module: L.LightningModule) -> LDLMTask:
-    """The module as a task; ValueError if it is something else."""
-    if not isinstance(module, LDLMTask):
-        raise ValueError(f"this callback is for an LDLMTask, not for a {type(module).__name__}")
-    return module
+        objective = ", ".join(f"{name}={value!r}" for name, value in vars(self.objective).items())
+        options = {name: value for name, value in vars(self).items() if name in inspect.signature(LDLMTask).parameters}
+        told = (f"{name}={value!r}" for name, value in options.items() if name not in ("objective", "allow_changes"))
+        lines = [f"{type(self).__name__} with {type(self.objective).__name__}({objective})", f"  {', '.join(told)}"]
+        return "\n".join([*lines, *(f"  {line}" for line in repr(self.model).splitlines())])
 
 
 def _is_frozen(part: nn.Module) -> bool:

@@ -20,8 +20,8 @@ from ldlm.nn.token_decoders import LinearTokenDecoder
 from ldlm.training.callbacks.ema import EMA
 from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
-from ldlm.training.outputs import model_of
-from ldlm.training.task import LDLMTask, task_of
+from ldlm.training.outputs import StepOutput, model_of, task_of
+from ldlm.training.task import LDLMTask
 
 
 def trainable(model: LDLM) -> dict[str, Tensor]:
@@ -250,7 +250,8 @@ def test_sgd_on_a_parabola_gives_the_closed_form_of_the_average():
         with torch.no_grad():
             for parameter in task.parameters():
                 parameter.mul_(1 - rate)
-        ema.on_train_batch_end(At(n), task, {"skipped": torch.zeros(())}, None, 0)
+        outputs = dict.fromkeys(StepOutput.__required_keys__) | {"skipped": torch.zeros(())}
+        ema.on_train_batch_end(At(n), task, outputs, None, 0)
     factor = 1.0
     for n, decay in ((1, 2 / 11), (2, 3 / 12), (3, 4 / 13)):
         factor = decay * factor + (1 - decay) * (1 - rate) ** n

@@ -43,6 +43,7 @@ class EMA(Recorded):
             raise ValueError(f"decay={decay} must be at least 0 and below 1")
         self.decay = decay
         self._step = 0
+        self._model: LDLM | None = None  # whose averages these are
         self.averages: dict[str, Tensor] | None = None
         self.live: dict[str, Tensor] | None = None
 
@@ -57,8 +58,9 @@ class EMA(Recorded):
         model = model_of(pl_module)
         if stage != "fit":
             return
-        if trainer.global_step == 0 or not self._stand_in(model):
+        if trainer.global_step == 0 or self._model is not model or not self._stand_in(model):
             self.averages = self.live = None
+        self._model = model
         self._swap_out(model)
         self._begin(model)
 
@@ -108,21 +110,22 @@ class EMA(Recorded):
         """Whether the averages are up to date: no other weights were put into the model since the fit ended."""
         if self.averages is None or self.live is None:
             return True
-        now = dict(model.named_parameters())
-        return all(name in now and torch.equal(a.to(now[name]), now[name]) for name, a in self.averages.items())
+        now = dict(_trainable(model))  # what another callback has frozen since has its own weights
+        return all(torch.equal(a.to(now[name]), now[name]) for name, a in self.averages.items() if name in now)
 
     @torch.no_grad()
     def _swap_in(self, model: LDLM) -> None:
         if self.averages is not None and self.live is None:
-            self.live = {name: p.detach().clone() for name, p in _trainable(model)}
-            for name, p in _trainable(model):
-                p.copy_(self.averages[name])
+            now = dict(model.named_parameters())
+            self.live = {name: now[name].detach().clone() for name in self.averages}
+            for name, average in self.averages.items():
+                now[name].copy_(average)
 
     @torch.no_grad()
     def _swap_out(self, model: LDLM) -> None:
         if self.live is not None:
             for name, p in _trainable(model):
-                if name in self.live:
+                if name in self.live:  # else it was set free since
                     p.copy_(self.live[name])
             self.live = None
 

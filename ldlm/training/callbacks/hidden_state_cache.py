@@ -53,9 +53,7 @@ class CacheHiddenStates(Recorded):
             `PackedTextDataModule`'s, the file was altered, or it would be too large for ``max_gb`` or for the disk.
     """
 
-    def __init__(
-        self, folder: str | None = None, dtype: str | None = None, max_gb: float = 20.0, verify: str = "once"
-    ) -> None:
+    def __init__(self, folder: str | None = None, dtype: str | None = None, max_gb: float = 20.0) -> None:
         if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}, or None for the encoder's own")
         if not max_gb > 0:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ldlm.likelihood import AUGMENTED, Terms, likelihood_terms
 from ldlm.rng import generator
-from ldlm.training.outputs import model_of
-from ldlm.training.task import task_of
+from ldlm.training.outputs import model_of, task_of
 
 
 class LikelihoodBound(L.Callback):

@@ -26,11 +26,12 @@ class AdaptiveTimestepUpdate(Recorded):
         ValueError: If ``every_n_steps`` is below 1.
     """
 
+    brought = False  # whether a task made it, of its own argument
+
     def __init__(self, every_n_steps: int = 5000) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
-        self.brought_by: L.LightningModule | None = None  # by `LDLMTask`, of its own argument
         self._step = 0
 
     def settings(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ldlm.checkpoints.description import describe
+from ldlm.training.outputs import task_of
 from ldlm.training.resuming import Recorded
 
 
@@ -46,6 +47,8 @@ class DiffusionToEncoderWarmup(Recorded):
         ValueError: If ``steps`` is negative or ``gamma_min`` is outside [0, 1].
     """
 
+    brought = False  # whether a task made it, of its own argument
+
     def __init__(self, steps: int, gamma_min: float = 0.0, k: float = 10.0, c: float = 0.8) -> None:
         if steps < 0:
             raise ValueError(f"steps={steps} must be 0 (no warm-up) or more")
@@ -55,7 +58,6 @@ class DiffusionToEncoderWarmup(Recorded):
         self.gamma_min = gamma_min
         self.k = k
         self.c = c
-        self.brought_by: L.LightningModule | None = None  # by `LDLMTask`, of its own argument
 
     def settings(self) -> dict[str, Any]:
         """All arguments."""
@@ -73,11 +75,11 @@ class DiffusionToEncoderWarmup(Recorded):
                 f"the warm-up of {self.steps} steps is longer than the run of {end}: gamma ends at "
                 f"{self.gamma(int(end)):.2g} and the encoder hardly meets the diffusion loss"
             )
-        pl_module.get_buffer("gamma").fill_(self.gamma(trainer.global_step))
+        task_of(pl_module).gamma.fill_(self.gamma(trainer.global_step))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Tensor, batch_idx: int
     ) -> None:
         """Gamma of this step, written in place."""
-        gamma = pl_module.get_buffer("gamma").fill_(self.gamma(trainer.global_step))
+        gamma = task_of(pl_module).gamma.fill_(self.gamma(trainer.global_step))
         pl_module.log("train/gamma", gamma)  # as a tensor: a number would be copied to the device and waited for
