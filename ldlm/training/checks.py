@@ -142,11 +142,11 @@ def check_callbacks(callbacks: list[L.Callback]) -> None:
 
 
 def check_uncompiled(module: L.LightningModule) -> None:
-    """Refuse a model that was compiled whole: a training step draws noise and logs, and there is no ``forward``."""
+    """Refuse a task that was compiled whole: a training step draws noise and logs, and there is no ``forward``."""
     if module._compiler_ctx is not None or module._compiled_call_impl is not None:
         raise ValueError(
-            "torch.compile cannot compile a whole LDLM, whose training step draws noise and logs: give the trainer the "
-            "model as it was, and compile its layers by ldlm.CompileBlocks() among the callbacks"
+            "torch.compile cannot compile a whole task, whose training step draws noise and logs: give the trainer the "
+            "task as it was, and compile its model's layers by ldlm.CompileBlocks() among the callbacks"
         )
 
 

@@ -164,7 +164,7 @@ def test_a_callback_that_cannot_work_is_refused_by_name_and_changes_nothing(tmp_
 
 
 @pytest.mark.parametrize("data", [lambda _: loader(), make_data], ids=["a loader", "our data"])
-def test_the_tuner_is_not_told_that_a_warm_up_is_missing(tmp_path, data):
+def test_the_tuner_is_refused_as_it_would_train_before_the_run(tmp_path, data):
     for ask in (Tuner.lr_find, Tuner.scale_batch_size):
         trainer = make_trainer(tmp_path, [])
         given = data(tmp_path)
