@@ -15,6 +15,7 @@ from helpers.tiny import (
     generator,
     make_data,
     make_model,
+    make_task,
     make_trainer,
     rows,
 )
@@ -33,8 +34,7 @@ from ldlm.nn.token_decoders import LinearTokenDecoder, TransformerTokenDecoder
 from ldlm.rng import generator as noise_generator
 from ldlm.training.callbacks.ema import EMA
 from ldlm.training.callbacks.likelihood_bound import LikelihoodBound
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.task import LDLMTask
 
 SCHEDULES = [TangentSchedule(), CosineSchedule()]
 NAMES = ["token_bound", "token_bound_error", "token_cross_entropy", "kl", "hidden_density"]
@@ -251,12 +251,12 @@ def test_in_bfloat16_the_terms_are_summed_in_64_bits_and_close_to_those_in_float
 # --- the callback
 
 
-def by_hand(model: LDLM, calls: list[tuple[int, int, Tensor]], tau: float, samples: int) -> dict[str, float]:
+def by_hand(task: LDLMTask, calls: list[tuple[int, int, Tensor]], tau: float, samples: int) -> dict[str, float]:
     """The logged numbers from (rank, batch, tokens)."""
     totals, variance, tokens = [0.0, 0.0, 0.0], 0.0, 0
     for rank, index, batch in calls:
-        draw = noise_generator(model.seed, "likelihood", index, rank)
-        terms = likelihood_terms(model, batch, draw, tau, 0.5, samples)
+        draw = noise_generator(task.seed, "likelihood", index, rank)
+        terms = likelihood_terms(task.model, batch, draw, tau, 0.5, samples)
         for i, term in enumerate(terms):
             totals[i] += sum(term[k].sum().item() for k in range(samples)) / samples
         of_batch = [(terms.token_cross_entropy[k] + terms.kl[k]).sum().item() for k in range(samples)]
@@ -275,19 +275,19 @@ def logged(metrics: dict[str, float | Tensor]) -> dict[str, float]:
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_what_is_logged_is_a_loop_by_hand_over_batches_of_any_size(tmp_path, stage):
-    model, tokens = other_sizes(), rows(7)
+    task, tokens = make_task(model=other_sizes()), rows(7)
     batches = DataLoader([tokens[:4], tokens[4:], tokens[:0]], batch_size=None)
     trainer = make_trainer(tmp_path, [LikelihoodBound(0.4, sigma_rec=0.5, samples=3)])
     for _ in range(2):  # a second pass forgets the first
-        (got,) = {"validate": trainer.validate, "test": trainer.test}[stage](model, batches, verbose=False)
-    want = by_hand(model, [(0, 0, tokens[:4]), (0, 1, tokens[4:])], 0.4, 3)
+        (got,) = {"validate": trainer.validate, "test": trainer.test}[stage](task, batches, verbose=False)
+    want = by_hand(task, [(0, 0, tokens[:4]), (0, 1, tokens[4:])], 0.4, 3)
     assert logged(got) == pytest.approx(want, rel=1e-5)
 
 
 def test_two_ranks_log_the_sum_of_both_over_all_rows_also_when_one_has_none_left(tmp_path):
-    model, data = other_sizes(), make_data(tmp_path, batch_size=2)
+    task, data = make_task(model=other_sizes()), make_data(tmp_path, batch_size=2)
     trainer = make_trainer(tmp_path, [LikelihoodBound(0.4, sigma_rec=0.5)], devices=2, strategy="ddp_spawn")
-    trainer.validate(model, data, verbose=False)
+    trainer.validate(task, data, verbose=False)
     held_out = data.validation_dataset
     calls = [
         (rank, index, batch)
@@ -296,7 +296,7 @@ def test_two_ranks_log_the_sum_of_both_over_all_rows_also_when_one_has_none_left
         if len(batch)
     ]
     assert [(rank, index, len(batch)) for rank, index, batch in calls] == [(0, 0, 1), (0, 1, 1), (1, 0, 1)]
-    assert logged(trainer.callback_metrics) == pytest.approx(by_hand(model, calls, 0.4, 4), rel=1e-5)
+    assert logged(trainer.callback_metrics) == pytest.approx(by_hand(task, calls, 0.4, 4), rel=1e-5)
 
 
 def test_the_reported_error_covers_the_truth_as_often_as_it_says_and_shrinks_with_the_root_of_samples(tmp_path):
@@ -306,12 +306,12 @@ def test_the_reported_error_covers_the_truth_as_often_as_it_says_and_shrinks_wit
     bias = model.token_decoder.head.bias.double()
     truth = gaussian_kl(model.encode(tokens), 1.0, 0.3).sum().item() / 16 - bias.log_softmax(0).mean().item()
     batches = DataLoader([tokens[:4], tokens[4:]], batch_size=None)
-    scores, errors = [], {4: [], 64: []}
+    task, scores, errors = make_task(model=model), [], {4: [], 64: []}
     for samples, seeds in ((4, 60), (64, 5)):
         trainer = make_trainer(tmp_path, [LikelihoodBound(0.3, samples=samples)])
         for seed in range(seeds):
-            model.seed = seed
-            (got,) = trainer.validate(model, batches, verbose=False)
+            task.seed = seed
+            (got,) = trainer.validate(task, batches, verbose=False)
             errors[samples].append(got["validation/token_bound_error"])
             if samples == 4:
                 scores.append((got["validation/token_bound"] - truth) / errors[4][-1])
@@ -327,16 +327,16 @@ def test_a_fit_logs_the_bounds_of_the_averaged_weights(tmp_path):
     def metrics(trainer: L.Trainer) -> dict[str, float]:
         return logged(trainer.callback_metrics)
 
-    model, data, bound = make_model(learning_rate=0.05), make_data(tmp_path), LikelihoodBound(0.4, sigma_rec=0.5)
-    callbacks = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2), bound, EMA()]
-    trainer = make_trainer(tmp_path, callbacks)
-    trainer.fit(model, data)
+    task = make_task(learning_rate=0.05, warmup_steps=4, timestep_refresh=2)
+    data, bound, ema = make_data(tmp_path), LikelihoodBound(0.4, sigma_rec=0.5), EMA()
+    trainer = make_trainer(tmp_path, [bound, ema])
+    trainer.fit(task, data)
     fitted = metrics(trainer)
     alone = make_trainer(tmp_path, [LikelihoodBound(0.4, sigma_rec=0.5)])
-    alone.validate(model, data, verbose=False)
+    alone.validate(task, data, verbose=False)
     assert fitted == pytest.approx(metrics(alone), rel=1e-5)
-    model.load_state_dict(model.raw, strict=False)
-    alone.validate(model, data, verbose=False)
+    task.model.load_state_dict(ema.live, strict=False)
+    alone.validate(task, data, verbose=False)
     assert fitted["validation/token_bound"] != pytest.approx(metrics(alone)["validation/token_bound"], rel=1e-2)
 
 
@@ -357,4 +357,4 @@ def test_arguments_that_cannot_work_are_refused(arguments, message):
 def test_a_second_callback_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, [LikelihoodBound(0.4), LikelihoodBound(0.8)])
     with pytest.raises(ValueError, match="give the trainer one LikelihoodBound"):
-        trainer.validate(make_model(), DataLoader([rows(2)], batch_size=None), verbose=False)
+        trainer.validate(make_task(), DataLoader([rows(2)], batch_size=None), verbose=False)

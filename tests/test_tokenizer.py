@@ -8,7 +8,17 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import HIDDEN, VOCAB, WORDS, FixedTokenEncoder, make_data, make_model, make_tokenizer, make_trainer
+from helpers.tiny import (
+    HIDDEN,
+    VOCAB,
+    WORDS,
+    FixedTokenEncoder,
+    make_data,
+    make_model,
+    make_task,
+    make_tokenizer,
+    make_trainer,
+)
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AlbertTokenizer,
@@ -40,8 +50,6 @@ from ldlm.tokenizer import (
     unpack_tokenizer,
     vocabulary_size,
 )
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 LETTERS = [chr(code) for code in range(33, 127)]
 NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -334,11 +342,11 @@ def test_a_tokenizer_that_transformers_saves_as_another_is_refused_before_the_fi
     legacy = llama(legacy=True)
     legacy.add_tokens(["Other"])  # behind it the text goes on with a space, and after saving it does not
     encoder_ = FixedTokenEncoder(vocab_size=len(legacy))
-    model = make_model(token_encoder=encoder_, token_decoder=LinearTokenDecoder(HIDDEN, len(legacy)), tokenizer=legacy)
-    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(1)])
+    task = make_task(token_encoder=encoder_, token_decoder=LinearTokenDecoder(HIDDEN, len(legacy)), tokenizer=legacy)
+    trainer = make_trainer(tmp_path, [])
     (tmp_path / "texts.txt").write_text("\n\n".join(["a b c Other d"] * 40))
     with pytest.raises(ValueError, match="gives other ids once it is saved"):
-        trainer.fit(model, make_data(tmp_path, tokenizer=legacy))
+        trainer.fit(task, make_data(tmp_path, tokenizer=legacy))
     assert trainer.global_step == 0
 
 
@@ -350,8 +358,8 @@ def test_a_model_takes_a_tokenizer_with_more_special_tokens_than_it_has_ids_and_
     tokenizer.add_special_tokens({"pad_token": "<pad>", "mask_token": "<mask>"})
     assert vocabulary_size(tokenizer) == VOCAB + 2
     assert packed_vocabulary_size(tokenizer) == VOCAB
-    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(1)], max_steps=2)
-    trainer.fit(make_model(tokenizer=tokenizer), make_data(tmp_path, tokenizer=tokenizer))
+    trainer = make_trainer(tmp_path, [], max_steps=2)
+    trainer.fit(make_task(tokenizer=tokenizer, timestep_refresh=1), make_data(tmp_path, tokenizer=tokenizer))
     assert trainer.global_step == 2
 
 
@@ -452,14 +460,13 @@ def test_a_perfect_reconstruction_of_unknown_tokens_counts_as_wrong(tmp_path, mo
     (tmp_path / "texts.txt").write_text("\n\n".join(texts_with_unknown(0.2)))
     tokenizer = make_tokenizer()
     data = make_data(tmp_path, tokenizer=tokenizer, validation=0.5)
-    model = make_model(tokenizer=tokenizer)
+    task = make_task(tokenizer=tokenizer)
+    model, objective = task.model, task.objective
     model.token_encoder.fit_statistics([torch.arange(VOCAB)[None]], 1)
     rows = []
-    monkeypatch.setattr(
-        model, "losses", lambda tokens, *rest: rows.append(tokens) or type(model).losses(model, tokens, *rest)
-    )
+    task.objective = lambda model, tokens, *rest: rows.append(tokens) or objective(model, tokens, *rest)
     monkeypatch.setattr(model, "decode", lambda z: rows[-1])
-    (found,) = make_trainer(tmp_path, []).validate(model, data, verbose=False)
+    (found,) = make_trainer(tmp_path, []).validate(task, data, verbose=False)
     seen = data.validation_dataset[list(range(len(data.validation_dataset)))]
     wanted = (seen != 0).float().mean().item()
     assert 0.8 < wanted < 0.9

@@ -29,7 +29,7 @@ from ldlm.data.corpus import (
 from ldlm.data.packing import VERIFICATIONS, open_packed, pack, read_header
 from ldlm.data.rows import PackedRows, ResumableLoader, RowsInOrder, ShuffledOrder, ShuffledRows, outlive_signals
 from ldlm.hub import resolve
-from ldlm.tokenizer import load_tokenizer, tokenizer_digest
+from ldlm.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
 
 # What the order of training rests on; the number of ranks and of accumulated batches is not among it.
 FINGERPRINT = ("data", "tokenizer", "sequence_length", "special_tokens", "batch_size", "seed")
@@ -268,6 +268,31 @@ class PackedTextDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
         """The held-out rows, as for testing."""
         return self.test_dataloader()
+
+    def __repr__(self) -> str:
+        """The data set, the tokenizer, the rows' length and the step's size; how many rows, where that is known."""
+        if isinstance(self.tokenizer, str):
+            tokenizer = repr(self.tokenizer)
+        else:
+            tokenizer = f"{type(self.tokenizer).__name__} of {vocabulary_size(self.tokenizer):,} tokens"
+        if self._rows:
+            held_out = self._rows.get("validation")
+            some = "none" if held_out is None else f"{len(held_out):,}"
+            rows = f"{len(self._rows['train']):,} rows for training, {some} for validation"
+        else:
+            rows = "rows for training and validation: not known before they are packed"
+        return "\n".join(
+            [
+                f"{type(self).__name__} of {self.dataset!r}",
+                f"  tokenizer: {tokenizer}",
+                f"  rows of {self.sequence_length} tokens, batches of {self.batch_size} rows",
+                f"  {rows}",
+            ]
+        )
+
+    def __str__(self) -> str:
+        """The same: Lightning's would pack the corpus to count its rows."""
+        return repr(self)
 
     def _loader(self, rows: PackedRows, sampler: ShuffledRows | RowsInOrder) -> DataLoader[Tensor]:
         if self.num_workers:

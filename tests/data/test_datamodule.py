@@ -241,6 +241,30 @@ def test_loader_workers_change_nothing(module):
         assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
+@pytest.mark.parametrize("told", [repr, str])
+def test_what_it_says_of_itself_loads_nothing_and_has_the_rows_once_they_are_known(module, monkeypatch, texts, told):
+    data = module(validation_rows=4)
+    with monkeypatch.context() as closed:
+        for name in ("pack", "open_packed", "load_tokenizer"):
+            closed.setattr(f"ldlm.data.datamodule.{name}", None)
+        before = told(data)
+        named = told(module(tokenizer="no/such\nhere"))
+    assert not data.folder.exists()
+    assert before.splitlines() == [
+        f"PackedTextDataModule of '{texts}'",
+        f"  tokenizer: {type(data.tokenizer).__name__} of 30,522 tokens",
+        "  rows of 8 tokens, batches of 12 rows",
+        "  rows for training and validation: not known before they are packed",
+    ]
+    assert "  tokenizer: 'no/such\\nhere'" in named.splitlines()
+    data.setup()
+    rows = len(data.train_dataset)
+    assert told(data).splitlines() == [*before.splitlines()[:3], f"  {rows} rows for training, 4 for validation"]
+    alone = module(validation=None)
+    alone.setup()
+    assert told(alone).splitlines()[3] == f"  {len(alone.train_dataset)} rows for training, none for validation"
+
+
 def test_the_row_length_changes_without_tokenising_again(module, monkeypatch):
     short = module().train_dataset
     monkeypatch.setattr("ldlm.data.packing._tokenise", None)

@@ -9,15 +9,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from helpers.tiny import WORDS, make_model, make_tokenizer, make_trainer
+from helpers.tiny import WORDS, make_task, make_tokenizer, make_trainer
 
 from ldlm.data.corpus import TEXT_UNITS, FileCorpus, HubCorpus, open_corpus
 from ldlm.data.datamodule import PackedTextDataModule
 from ldlm.data.packing import pack
 from ldlm.studies.plan import find_study
 from ldlm.training.callbacks.hidden_state_cache import CacheHiddenStates
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 LINES = ["one two", "three", "", "fou\u2028r fi\x85ve", "si\x0cx", "", "", "é seven"]
 
@@ -146,8 +144,8 @@ def test_a_file_or_folder_of_any_name_is_packed_trained_on_and_its_hidden_states
         data.setup()
         streams.append(data.train_dataset[[0, 1, 2]].tolist())
     assert streams[0] == streams[1]
-    callbacks = [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(1), CacheHiddenStates()]
-    make_trainer(tmp_path, callbacks, max_steps=2).fit(make_model(tokenizer=tokenizer), data)
+    task = make_task(tokenizer=tokenizer, timestep_refresh=1)
+    make_trainer(tmp_path, [CacheHiddenStates()], max_steps=2).fit(task, data)
     kept = [path.name for path in (tmp_path / "cache").iterdir() if "-states-" in path.name and path.suffix == ".bin"]
     assert len(kept) == 1
     assert all(len(os.fsencode(path.name)) <= 255 and "\n" not in path.name for path in (tmp_path / "cache").iterdir())

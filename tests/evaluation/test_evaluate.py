@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from helpers.command import evaluate, evaluation_folder
-from helpers.tiny import LENGTH, make_model, make_tokenizer, make_trainer
+from helpers.tiny import LENGTH, make_model, make_task, make_tokenizer, make_trainer
 from matplotlib.image import imread
 
 from ldlm.evaluation import evaluate as sweep
@@ -143,8 +143,8 @@ def test_what_is_sampled_in_bfloat16_is_measured_so_and_nearly_the_same(here):
 def test_checkpoints_of_one_name_stay_apart_in_all_that_is_written_and_no_folder_of_the_machine_is_told(here, capsys):
     sources = [str(here / "runs/a/checkpoints/last.ckpt"), "runs/b/checkpoints/last.ckpt"]
     for seed, source in enumerate(sources):
-        model, trainer = make_model(seed=seed, tokenizer=make_tokenizer()), make_trainer(here, [])
-        trainer.strategy.connect(model)
+        task, trainer = make_task(seed=seed, tokenizer=make_tokenizer()), make_trainer(here, [])
+        trainer.strategy.connect(task)
         trainer.save_checkpoint(source, weights_only=True)
     more = ["--nfe", "2", *SAMPLING, "--reference", str(here / "real.jsonl"), "--measure"]
     result = evaluate(*sources, *more, f"--figures={here}/drawn", "--report", "out/page.html")

@@ -19,8 +19,8 @@ from helpers.tiny import (
     VOCAB,
     FixedTokenEncoder,
     make_data,
-    make_model,
     make_pretrained,
+    make_task,
     make_trainer,
     rows,
 )
@@ -32,8 +32,6 @@ from ldlm.model import LDLM
 from ldlm.nn.token_encoders import EmbeddingTokenEncoder, PretrainedTokenEncoder, TokenEncoder
 from ldlm.training.callbacks import hidden_state_cache as cache
 from ldlm.training.callbacks.hidden_state_cache import CacheHiddenStates, StoredStates
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 
 class CountingTokenEncoder(FixedTokenEncoder):
@@ -59,11 +57,10 @@ class Losses(L.Callback):
 
 
 def fit(folder: Path, encoder: TokenEncoder, *more: L.Callback, **changes) -> tuple[LDLM, list[float]]:
-    losses, model = Losses(), make_model(token_encoder=encoder)
-    callbacks = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2), losses, *more]
+    losses, task = Losses(), make_task(token_encoder=encoder, warmup_steps=4, timestep_refresh=2)
     arguments = {"max_steps": 8, "limit_val_batches": 0, "enable_checkpointing": True}
-    make_trainer(folder, callbacks, **(arguments | changes)).fit(model, make_data(folder))
-    return model, losses.seen
+    make_trainer(folder, [losses, *more], **(arguments | changes)).fit(task, make_data(folder))
+    return task.model, losses.seen
 
 
 def states_in(folder: Path) -> list[str]:
@@ -215,10 +212,10 @@ def test_what_was_altered_below_the_file_system_is_found_where_packed_files_are_
     now = [there.st_size, there.st_ino, there.st_mtime_ns, there.st_ctime_ns]
     file.with_suffix(".verified").write_text(json.dumps([note[0], *now]))  # as if nothing had touched it
     fit(tmp_path, FixedTokenEncoder(), CacheHiddenStates())
-    model = make_model(token_encoder=FixedTokenEncoder())
-    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2), CacheHiddenStates()])
+    task = make_task(token_encoder=FixedTokenEncoder(), warmup_steps=4, timestep_refresh=2)
+    trainer = make_trainer(tmp_path, [CacheHiddenStates()])
     with pytest.raises(ValueError, match="was altered"):
-        trainer.fit(model, make_data(tmp_path, verify="full"))
+        trainer.fit(task, make_data(tmp_path, verify="full"))
 
 
 @pytest.mark.parametrize(
@@ -312,9 +309,9 @@ def test_a_checkpoint_says_nothing_of_stored_states(tmp_path):
 def test_an_encoder_that_learns_and_rows_of_unknown_origin_are_refused(tmp_path):
     with pytest.raises(ValueError, match="for a frozen token encoder, and EmbeddingTokenEncoder learns"):
         fit(tmp_path, EmbeddingTokenEncoder(HIDDEN, VOCAB), CacheHiddenStates())
-    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2), CacheHiddenStates()])
+    trainer = make_trainer(tmp_path, [CacheHiddenStates()])
     with pytest.raises(ValueError, match="rows of a PackedTextDataModule"):
-        trainer.fit(make_model(), DataLoader(rows(16), batch_size=4))
+        trainer.fit(make_task(timestep_refresh=2), DataLoader(rows(16), batch_size=4))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [({"dtype": "int8"}, "dtype='int8'"), ({"max_gb": 0}, "max_gb=0")])

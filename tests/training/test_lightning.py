@@ -6,17 +6,15 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import make_data, make_model, make_trainer, rows
+from helpers.tiny import make_data, make_task, make_trainer, rows
 from lightning.pytorch import callbacks as C
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from ldlm.checkpoints.resume import last_checkpoint
-from ldlm.model import LDLM
 from ldlm.training.callbacks.ema import EMA
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.task import LDLMTask
 
 TOKENS = rows(16)
 
@@ -25,23 +23,22 @@ def loader(tokens: torch.Tensor = TOKENS) -> DataLoader:
     return DataLoader(tokens, batch_size=4)
 
 
-def fit(folder: Path, *more: L.Callback, ema: bool = True, resume: Path | None = None, **changes: object) -> LDLM:
-    """Six steps, two validations."""
-    callbacks = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(3), *([EMA()] if ema else []), *more]
+def recipe() -> LDLMTask:
+    return make_task(warmup_steps=4, timestep_refresh=3)
+
+
+def fit(folder: Path, *more: L.Callback, resume: Path | None = None, **changes: object) -> dict[str, torch.Tensor]:
+    """What six steps and two validations leave: the weights, averages and statistics."""
+    task, ema = recipe(), EMA()
     arguments = {"max_steps": 6, "check_val_every_n_epoch": None, "val_check_interval": 3} | changes
-    model = make_model()
-    make_trainer(folder, callbacks, **arguments).fit(model, loader(), loader(rows(8, 1)), ckpt_path=resume)
-    return model
-
-
-def everything(model: LDLM) -> dict[str, torch.Tensor]:
-    return {**model.state_dict(), **{f"raw {name}": value for name, value in model.raw.items()}}
+    make_trainer(folder, [ema, *more], **arguments).fit(task, loader(), loader(rows(8, 1)), ckpt_path=resume)
+    return {**task.state_dict(), **{f"raw {name}": value for name, value in ema.live.items()}}
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The weights, averages and statistics of the run that nobody watches."""
-    return everything(fit(tmp_path_factory.mktemp("plain")))
+    """The run that nobody watches."""
+    return fit(tmp_path_factory.mktemp("plain"))
 
 
 WATCHERS: dict[str, Callable[[Path], list[L.Callback]]] = {
@@ -84,7 +81,7 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("name", WATCHERS)
 def test_a_callback_of_lightnings_changes_no_bit_of_a_run(tmp_path, name, plain):
     bar = {"enable_progress_bar": "Progress" in name, "enable_checkpointing": "Checkpoint" in name}
-    assert_same(everything(fit(tmp_path, *WATCHERS[name](tmp_path), logger=CSVLogger(tmp_path), **bar)), plain)
+    assert_same(fit(tmp_path, *WATCHERS[name](tmp_path), logger=CSVLogger(tmp_path), **bar), plain)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -94,12 +91,12 @@ def test_a_setting_of_the_trainer_changes_no_bit_of_a_run(tmp_path, name, plain)
         changes |= dict.fromkeys(("enable_checkpointing", "enable_model_summary", "enable_progress_bar"))
         changes |= dict.fromkeys(("num_sanity_val_steps", "logger"))
     try:
-        got = everything(fit(tmp_path, **changes))
+        got = fit(tmp_path, **changes)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.autograd.set_detect_anomaly(False)
     if name == "fast_dev_run":  # four steps of its own, no checkpoint and no logger
-        plain = everything(fit(tmp_path / "four", max_steps=4))
+        plain = fit(tmp_path / "four", max_steps=4)
     assert_same(got, plain)
 
 
@@ -140,7 +137,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_an_exception(tmp_path, plain):
     with pytest.raises(KeyError):
         fit(tmp_path, C.OnExceptionCheckpoint(tmp_path, "fault"), Fault(), enable_checkpointing=True)
     assert last_checkpoint(tmp_path) == tmp_path / "fault.ckpt"
-    assert_same(everything(fit(tmp_path, resume=tmp_path / "fault.ckpt")), plain)
+    assert_same(fit(tmp_path, resume=tmp_path / "fault.ckpt"), plain)
 
 
 @pytest.mark.parametrize(
@@ -157,47 +154,47 @@ def test_a_run_goes_on_from_the_checkpoint_of_an_exception(tmp_path, plain):
     ],
 )
 def test_a_callback_that_cannot_work_is_refused_by_name_and_changes_nothing(tmp_path, callback):
-    refused, model = callback(), make_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(3), EMA(), refused])
+    refused, task = callback(), recipe()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    trainer = make_trainer(tmp_path, [EMA(), refused])
     with pytest.raises(ValueError, match=rf"{type(refused).__name__} \w+ .*: (use|leave|freeze|prune) "):
-        trainer.fit(model, loader())
-    assert_same(dict(model.state_dict()), before)
-    assert all(p.requires_grad for p in model.parameters())
+        trainer.fit(task, loader())
+    assert_same(dict(task.state_dict()), before)
+    assert all(p.requires_grad for p in task.parameters())
 
 
 @pytest.mark.parametrize("data", [lambda _: loader(), make_data], ids=["a loader", "our data"])
-def test_the_tuner_is_not_told_that_a_warm_up_is_missing(tmp_path, data):
+def test_the_tuner_is_refused_as_it_would_train_before_the_run(tmp_path, data):
     for ask in (Tuner.lr_find, Tuner.scale_batch_size):
-        trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(3)])
+        trainer = make_trainer(tmp_path, [])
         given = data(tmp_path)
         named = {"datamodule": given} if isinstance(given, L.LightningDataModule) else {"train_dataloaders": given}
         if named.keys() == {"train_dataloaders"} and ask is Tuner.scale_batch_size:
             continue  # Lightning refuses loaders here
         with pytest.raises(ValueError, match="trains before the run begins and without its other callbacks"):
-            ask(Tuner(trainer), make_model(), **named)
+            ask(Tuner(trainer), recipe(), **named)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 @pytest.mark.parametrize("call", ["fit", "validate", "test", "predict"])
 def test_a_precision_that_is_not_ours_is_refused_everywhere(tmp_path, precision, call):
-    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(3)], precision=precision)
+    trainer = make_trainer(tmp_path, [], precision=precision)
     with pytest.raises(ValueError, match=f"precision='{precision}' is not supported.*'bf16-mixed'"):
-        getattr(trainer, call)(make_model(), loader())
+        getattr(trainer, call)(recipe(), loader())
 
 
 def test_a_model_that_was_compiled_whole_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(3)])
-    by_method = make_model()
+    trainer = make_trainer(tmp_path, [])
+    by_method = recipe()
     by_method.compile(backend="eager")
-    for model in (torch.compile(make_model(), backend="eager"), by_method):
+    for task in (torch.compile(recipe(), backend="eager"), by_method):
         with pytest.raises(ValueError, match="CompileBlocks"):
-            trainer.fit(model, loader())
+            trainer.fit(task, loader())
 
 
 def test_a_model_that_was_never_fitted_is_not_validated_without_a_word(tmp_path):
-    trainer, model = make_trainer(tmp_path, []), make_model()
+    trainer, task = make_trainer(tmp_path, []), make_task()
     with pytest.warns(UserWarning, match="mean and deviation were never measured"):
-        trainer.validate(model, loader(), verbose=False)
-    model.token_encoder.fit_statistics([TOKENS], 8)
-    assert trainer.validate(model, loader(), verbose=False)
+        trainer.validate(task, loader(), verbose=False)
+    task.model.token_encoder.fit_statistics([TOKENS], 8)
+    assert trainer.validate(task, loader(), verbose=False)

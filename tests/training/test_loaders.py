@@ -6,20 +6,18 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import VOCAB, make_data, make_model, make_tokenizer, make_trainer, rows
+from helpers.tiny import VOCAB, make_data, make_task, make_tokenizer, make_trainer, rows
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import BatchEncoding
 
-from ldlm.model import LDLM
 from ldlm.training.callbacks.ema import EMA
 from ldlm.training.callbacks.likelihood_bound import LikelihoodBound
 from ldlm.training.callbacks.predictions import ReconstructionWriter
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.visualisation import FigureLogger, SampleLogger, ShowSamples, Throughput
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 from ldlm.training.stability import SkippedSteps
+from ldlm.training.task import LDLMTask
 
 TOKENS = rows(18)
 
@@ -59,15 +57,15 @@ LOADERS = {
 }
 
 
-def recipe(*more: L.Callback) -> list[L.Callback]:
-    return [DiffusionToEncoderWarmup(5), AdaptiveTimestepUpdate(3), EMA(), *more]
+def recipe(**changes: object) -> LDLMTask:
+    return make_task(warmup_steps=5, timestep_refresh=3, **changes)
 
 
 def fit(folder: Path, loader: object, *more: L.Callback, **changes: object) -> tuple[L.Trainer, dict]:
-    model = make_model(lr_warmup_steps=3)
-    trainer = make_trainer(folder, recipe(*more), **({"max_steps": -1, "max_epochs": 2} | changes))
-    trainer.fit(model, loader)
-    return trainer, model.state_dict() | model.raw
+    task, ema = recipe(lr_warmup_steps=3), EMA()
+    trainer = make_trainer(folder, [ema, *more], **({"max_steps": -1, "max_epochs": 2} | changes))
+    trainer.fit(task, loader)
+    return trainer, task.state_dict() | ema.live
 
 
 @pytest.fixture(scope="module")
@@ -94,20 +92,20 @@ def test_a_smaller_last_batch_and_accumulated_batches_go_together(tmp_path):
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_loader_of_any_kind_is_validated_tested_and_predicted_like_int64(tmp_path, kind):
-    model, plain = make_model(), DataLoader(TOKENS, batch_size=4)
+    task, plain = make_task(), DataLoader(TOKENS, batch_size=4)
     trainer = make_trainer(tmp_path, [LikelihoodBound(tau=0.5)])
     for call in (trainer.validate, trainer.test):
-        assert call(model, LOADERS[kind](), verbose=False) == call(model, plain, verbose=False)
-    got, want = (torch.cat(trainer.predict(model, loader)) for loader in (LOADERS[kind](), plain))
+        assert call(task, LOADERS[kind](), verbose=False) == call(task, plain, verbose=False)
+    got, want = (torch.cat(trainer.predict(task, loader)) for loader in (LOADERS[kind](), plain))
     assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_callbacks_are_given_the_token_ids_of_any_loader(tmp_path, kind):
     file = tmp_path / "out.jsonl"
-    model = make_model(tokenizer=make_tokenizer())
-    make_trainer(tmp_path, [ReconstructionWriter(str(file))]).predict(model, LOADERS[kind]())
-    assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == model.to_text(TOKENS)
+    task = make_task(tokenizer=make_tokenizer())
+    make_trainer(tmp_path, [ReconstructionWriter(str(file))]).predict(task, LOADERS[kind]())
+    assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == task.model.to_text(TOKENS)
 
 
 class Counted(Throughput):
@@ -120,7 +118,7 @@ class Counted(Throughput):
         self.seen = self._tokens
 
 
-class Elsewhere(LDLM):
+class Elsewhere(LDLMTask):
     """Knows where somebody's loader has the token ids."""
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
@@ -144,30 +142,30 @@ class ElsewhereData(L.LightningDataModule):
         return {"input_ids": batch["tokens"]}
 
 
-@pytest.mark.parametrize("where", ["model", "data module"])
+@pytest.mark.parametrize("where", ["task", "data module"])
 def test_token_ids_that_stand_elsewhere_are_taken_out_by_lightnings_own_hook(tmp_path, where, plain):
-    model, data = make_model(lr_warmup_steps=3), ElsewhereData()
-    if where == "model":
-        model.__class__, data = Elsewhere, data.loader
-    trainer = make_trainer(tmp_path, recipe(), max_steps=-1, max_epochs=2)
-    trainer.fit(model, data)
-    assert all(torch.equal(value, plain[name]) for name, value in (model.state_dict() | model.raw).items())
-    assert torch.cat(trainer.predict(model, data)).shape == TOKENS.shape
+    task, data, ema = recipe(lr_warmup_steps=3), ElsewhereData(), EMA()
+    if where == "task":
+        task.__class__, data = Elsewhere, data.loader
+    trainer = make_trainer(tmp_path, [ema], max_steps=-1, max_epochs=2)
+    trainer.fit(task, data)
+    assert all(torch.equal(value, plain[name]) for name, value in (task.state_dict() | ema.live).items())
+    assert torch.cat(trainer.predict(task, data)).shape == TOKENS.shape
 
 
 def test_a_run_with_a_data_module_is_not_warned_of_hooks(tmp_path, recwarn):
-    make_trainer(tmp_path, recipe(), max_steps=2).fit(make_model(), make_data(tmp_path))
+    make_trainer(tmp_path, [EMA()], max_steps=2).fit(recipe(), make_data(tmp_path))
     assert [str(warning.message) for warning in recwarn if "overridden" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("kind", ["a tokenizer's batches", "a stream of dictionaries"])
 def test_watchers_count_the_tokens_and_show_the_texts_of_any_loader(tmp_path, kind, capsys):
-    counted, model = Counted(10**9), make_model(tokenizer=make_tokenizer())
-    watchers = [counted, FigureLogger(), SampleLogger(2, 2), ShowSamples(2, 2)]
+    counted, task = Counted(10**9), recipe(tokenizer=make_tokenizer())
+    watchers = [EMA(), counted, FigureLogger(), SampleLogger(2, 2), ShowSamples(2, 2)]
     arguments = {"max_steps": 5, "logger": True, "val_check_interval": 5, "log_every_n_steps": 1}
-    make_trainer(tmp_path, recipe(*watchers), **arguments).fit(model, LOADERS[kind](), LOADERS[kind]())
+    make_trainer(tmp_path, watchers, **arguments).fit(task, LOADERS[kind](), LOADERS[kind]())
     assert counted.seen == TOKENS.numel()
-    assert model.to_text(TOKENS[:1])[0].split()[0] in capsys.readouterr().out
+    assert task.model.to_text(TOKENS[:1])[0].split()[0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -190,13 +188,13 @@ def test_watchers_count_the_tokens_and_show_the_texts_of_any_loader(tmp_path, ki
     ],
 )
 def test_what_is_no_token_ids_is_named_before_anything_is_measured(tmp_path, items, told):
-    model = make_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = make_trainer(tmp_path, recipe())
+    task = recipe()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    trainer = make_trainer(tmp_path, [EMA()])
     for call in (trainer.validate, trainer.test, trainer.predict, trainer.fit):
         with pytest.raises(ValueError, match=told):
-            call(model, DataLoader(items, batch_size=4))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            call(task, DataLoader(items, batch_size=4))
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -209,40 +207,40 @@ def test_what_is_no_token_ids_is_named_before_anything_is_measured(tmp_path, ite
     ],
 )
 def test_a_loader_without_rows_is_refused_and_leaves_the_model_as_it_was(tmp_path, loader):
-    model = make_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    task = recipe()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
     with pytest.raises(ValueError, match="the training loader gives no rows"):
-        make_trainer(tmp_path, recipe()).fit(model, loader)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        make_trainer(tmp_path, [EMA()]).fit(task, loader)
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
 
 
 def test_a_fit_limited_to_no_batches_measures_nothing(tmp_path):
-    model = make_model()
+    task = recipe()
     with pytest.raises(ValueError, match="the training loader gives no rows"):
-        make_trainer(tmp_path, recipe(), limit_train_batches=0).fit(model, DataLoader(TOKENS, batch_size=4))
-    assert model.token_encoder.std.isfinite().all()
+        make_trainer(tmp_path, [EMA()], limit_train_batches=0).fit(task, DataLoader(TOKENS, batch_size=4))
+    assert task.model.token_encoder.std.isfinite().all()
 
 
 @pytest.mark.parametrize("several", [list, lambda pair: dict(zip("ab", pair, strict=True)), CombinedLoader])
 def test_several_training_loaders_are_refused(tmp_path, several):
     loaders = several([DataLoader(TOKENS, batch_size=4), DataLoader(TOKENS, batch_size=2)])
     with pytest.raises(ValueError, match="2 training loaders together: give one"):
-        make_trainer(tmp_path, recipe()).fit(make_model(), loaders)
+        make_trainer(tmp_path, [EMA()]).fit(recipe(), loaders)
 
 
 def test_each_of_several_held_out_loaders_is_validated_as_it_is_alone(tmp_path):
-    model, loaders = make_model(), [DataLoader(rows(8, seed), batch_size=4) for seed in (1, 2)]
+    task, loaders = make_task(), [DataLoader(rows(8, seed), batch_size=4) for seed in (1, 2)]
     trainer = make_trainer(tmp_path, [FigureLogger()])
-    alone = [trainer.validate(model, loader, verbose=False)[0] for loader in loaders]
+    alone = [trainer.validate(task, loader, verbose=False)[0] for loader in loaders]
     for call in (trainer.validate, trainer.test):
-        both = call(model, loaders, verbose=False)
+        both = call(task, loaders, verbose=False)
         for index, wanted in enumerate(alone):
             got = {name.removesuffix(f"/dataloader_idx_{index}"): value for name, value in both[index].items()}
             assert got == pytest.approx(wanted, rel=1e-6)
-    assert trainer.predict(model, loaders, return_predictions=False) is None
-    first, second = trainer.predict(model, loaders)
-    assert torch.equal(torch.cat(first), torch.cat(trainer.predict(model, loaders[0])))
-    assert torch.equal(torch.cat(second), torch.cat(trainer.predict(model, loaders[1])))
+    assert trainer.predict(task, loaders, return_predictions=False) is None
+    first, second = trainer.predict(task, loaders)
+    assert torch.equal(torch.cat(first), torch.cat(trainer.predict(task, loaders[0])))
+    assert torch.equal(torch.cat(second), torch.cat(trainer.predict(task, loaders[1])))
 
 
 @pytest.mark.parametrize("bad", [3, 4], ids=["a whole batch", "the small one"])
@@ -250,15 +248,15 @@ def test_a_bad_step_beside_a_smaller_batch_is_reported_with_its_own_times(tmp_pa
     times = {}
 
     class Spoil(L.Callback):
-        def on_fit_start(self, trainer, model):
-            losses = model.losses
+        def on_train_start(self, trainer, task):
+            objective = task.objective
 
-            def spoiled(*arguments):
-                found = losses(*arguments)
-                times[trainer.global_step] = model.times.clone()
+            def spoiled(model, tokens, u, *rest):
+                found = objective(model, tokens, u, *rest)
+                times[trainer.global_step] = u.clone()
                 return found._replace(total=found.total * (torch.nan if trainer.global_step == bad else 1))
 
-            model.losses = spoiled
+            task.objective = spoiled
 
     with pytest.raises(ValueError, match="updates in a row were left out") as raised:
         fit(tmp_path, DataLoader(TOKENS, batch_size=4), Spoil(), SkippedSteps(1, 1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.tiny import LENGTH, make_data, make_model, make_scorer_folder, make_tokenizer, make_trainer
+from helpers.tiny import LENGTH, make_data, make_model, make_scorer_folder, make_task, make_tokenizer, make_trainer
 
 from ldlm.cli import main as cli
 from ldlm.metrics.generative_perplexity import GenerativePerplexity
@@ -12,8 +12,6 @@ from ldlm.metrics.text import NGramDiversity, UnigramEntropy
 from ldlm.training.callbacks import sample_scores as scoring
 from ldlm.training.callbacks.ema import EMA
 from ldlm.training.callbacks.sample_scores import ScoreSamples
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 NAMES = ("generative_perplexity", "entropy", "diversity")
 
@@ -36,18 +34,17 @@ class Watch(EMA):
         self.logged: dict[int, dict[str, float]] = {}
         self.tokens: dict[int, torch.Tensor] = {}
 
-    def on_validation_end(self, trainer, model):
+    def on_validation_end(self, trainer, task):
         if not trainer.sanity_checking:
             self.logged[trainer.global_step] = {n: v.item() for n, v in trainer.callback_metrics.items()}
-            self.tokens[trainer.global_step] = model.sample_tokens(6, nfe=3, seed=5, batch_size=6)
-        super().on_validation_end(trainer, model)
+            self.tokens[trainer.global_step] = task.model.sample_tokens(6, nfe=3, seed=5, batch_size=6)
+        super().on_validation_end(trainer, task)
 
 
 def fit(folder, score: ScoreSamples, **changes) -> Watch:
     watch = Watch()
-    callbacks = [DiffusionToEncoderWarmup(2), AdaptiveTimestepUpdate(2), watch, score]
-    trainer = make_trainer(folder, callbacks, val_check_interval=2, **changes)
-    trainer.fit(make_model(tokenizer=make_tokenizer()), make_data(folder))
+    trainer = make_trainer(folder, [watch, score], val_check_interval=2, **changes)
+    trainer.fit(make_task(tokenizer=make_tokenizer(), warmup_steps=2, timestep_refresh=2), make_data(folder))
     return watch
 
 
@@ -105,9 +102,8 @@ def test_it_is_named_in_yaml_without_its_module(capsys):
 @pytest.mark.slow
 def test_two_ranks_log_what_rank_0_found_and_none_waits_for_the_other(tmp_path):
     score = ScoreSamples(str(make_scorer_folder(tmp_path / "scorer")), num_samples=6, nfe=3, protocol="plain")
-    watch = Watch()
-    callbacks = [DiffusionToEncoderWarmup(2), AdaptiveTimestepUpdate(2), watch, score]
-    trainer = make_trainer(tmp_path, callbacks, val_check_interval=2, devices=2, strategy="ddp_spawn", max_steps=2)
-    trainer.fit(make_model(tokenizer=make_tokenizer()), make_data(tmp_path))
+    callbacks, ranks = [Watch(), score], {"devices": 2, "strategy": "ddp_spawn"}
+    trainer = make_trainer(tmp_path, callbacks, val_check_interval=2, max_steps=2, **ranks)
+    trainer.fit(make_task(tokenizer=make_tokenizer(), warmup_steps=2, timestep_refresh=2), make_data(tmp_path))
     assert not dist.is_initialized()
     assert {f"validation/{name}" for name in NAMES} <= set(trainer.callback_metrics)

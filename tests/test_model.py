@@ -1,13 +1,56 @@
-"""Sampling from a model: what is drawn, how often the denoiser is called, and what a text is."""
+"""A model by itself: what it says of itself, what is drawn, how often the denoiser is called, and what a text is."""
 
+import lightning as L
 import pytest
 import torch
-from helpers.tiny import LATENT, LENGTH, WORDS, Calls, generator, make_model, make_tokenizer, rows
+from helpers.tiny import HIDDEN, LATENT, LENGTH, VOCAB, WORDS, Calls, generator, make_model, make_tokenizer, rows
 
 from ldlm import rng as noise
 from ldlm.diffusion.grids import LogSNRGrid, UniformGrid
 from ldlm.diffusion.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama
 from ldlm.evaluation.sampling import load
+from ldlm.model import LDLM
+from ldlm.nn.token_encoders import EmbeddingTokenEncoder
+
+
+def test_a_model_is_a_plain_module_that_generates_is_saved_and_comes_back_without_a_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(L.Trainer, "__init__", lambda *_, **__: 1 / 0)
+    model = make_model(tokenizer=make_tokenizer(), sigma_dec=0.5, sampler=DDIM())
+    assert isinstance(model, torch.nn.Module)
+    assert not isinstance(model, L.LightningModule)
+    texts = model.generate(3, nfe=4, seed=1)
+    model.save_pretrained(tmp_path)
+    again = LDLM.from_pretrained(tmp_path)
+    assert type(again) is LDLM
+    assert not again.training
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert repr(again) == repr(model)
+    assert again.generate(3, nfe=4, seed=1) == texts
+    assert torch.equal(again.decode(again.encode(rows(4))), model.decode(model.encode(rows(4))))
+
+
+def test_its_repr_names_every_part_with_its_number_of_parameters_and_says_what_is_frozen():
+    encoder = EmbeddingTokenEncoder(HIDDEN, VOCAB)
+    model = make_model(token_encoder=encoder, tokenizer=make_tokenizer(), sampler=DDIM(), grid=LogSNRGrid())
+    model.denoiser.requires_grad_(False)
+    first, *lines = repr(model).splitlines()
+    total = sum(p.numel() for p in model.parameters())
+    assert first == f"LDLM of 8 tokens in 8 latents of 12 numbers, a tokenizer of 40, {total:,} parameters"
+    told = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
+    assert told.keys() == dict(model.named_children()).keys() | {"sampler", "grid"}
+    assert (told["sampler"], told["grid"]) == ("DDIM", "LogSNRGrid")
+    counted = 0
+    for name, part in model.named_children():
+        if count := sum(p.numel() for p in part.parameters()):
+            frozen = ", frozen" if part is model.denoiser else ""
+            assert told[name] == f"{type(part).__name__}, {count:,} parameters{frozen}"
+        else:
+            assert told[name] == f"{type(part).__name__}, no parameters of its own"
+        counted += count
+    assert counted == total
+    assert lines[-1] == "  sigma_dec=1, self_conditioning=0.5"
+    assert "no tokenizer" in repr(make_model())
 
 
 def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
