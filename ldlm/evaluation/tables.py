@@ -95,11 +95,10 @@ def draw(runs: dict[str, list[Scores]], result: Scores) -> dict[str, Figure]:
         found["reconstruction"] = reconstruction(of["reconstruction"], of["sigma_dec"])
         found["spectrum"] = spectrum(of["spectrum"])
         for place, curve in enumerate(of["loss_over_time"].values()):
-            if curve is not None:
-                several = len(measured) > 1
-                figure = loss_over_time(curve["u"], curve["adapted"], curve["loss"])
-                figure.suptitle(drawn(list(measured)[place]) if several else "")
-                found["loss_over_time" + (f"-{place + 1}" if several else "")] = figure
+            several = len(measured) > 1
+            figure = loss_over_time(curve["u"], curve["adapted"], curve["loss"])
+            figure.suptitle(drawn(list(measured)[place]) if several else "")
+            found["loss_over_time" + (f"-{place + 1}" if several else "")] = figure
     return found
 
 

@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from transformers import PreTrainedTokenizerBase
 
 from ldlm.data.datamodule import PackedTextDataModule
@@ -144,13 +143,12 @@ def check_callbacks(callbacks: list[L.Callback]) -> None:
 
 def check_uncompiled(task: L.LightningModule, model: nn.Module) -> None:
     """Refuse what was compiled whole: a training step draws noise and logs, and there is no ``forward``."""
-    for module in (task, model):
-        wrapped = isinstance(module, OptimizedModule) or (module is task and task._compiler_ctx is not None)
-        if wrapped or module._compiled_call_impl is not None:
-            raise ValueError(
-                "torch.compile cannot compile a whole LDLM or its LDLMTask, whose training step draws noise and logs: "
-                "give both as they were, and compile the model's layers by ldlm.CompileBlocks() among the callbacks"
-            )
+    traces = (task._compiler_ctx, task._compiled_call_impl, model._compiled_call_impl)
+    if any(trace is not None for trace in traces):
+        raise ValueError(
+            "torch.compile cannot compile a whole LDLM or its LDLMTask, whose training step draws noise and logs: "
+            "give both as they were, and compile the model's layers by ldlm.CompileBlocks() among the callbacks"
+        )
 
 
 def check_precision(precision: str) -> None:

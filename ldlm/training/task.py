@@ -111,11 +111,13 @@ class LDLMTask(Task):
     ) -> None:
         super().__init__()
         objective = JointObjective() if objective is None else objective
-        for name, value, kind in [("model", model, LDLM), ("objective", objective, Objective)]:
-            if not isinstance(value, kind):
-                raise ValueError(
-                    f"{name} is of type {type(value).__name__}, and an {kind.__name__} is wanted: give one"
-                )
+        if not isinstance(model, LDLM):
+            raise ValueError(
+                f"model is of type {type(model).__name__}, and an LDLM is wanted: give one, and compile its layers, if any "
+                "are to be, by ldlm.CompileBlocks() among the callbacks"
+            )
+        if not isinstance(objective, Objective):
+            raise ValueError(f"objective is of type {type(objective).__name__}, and an Objective is wanted: give one")
         if isinstance(objective, nn.Module):
             raise ValueError(
                 f"{type(objective).__name__} is an nn.Module, whose weights no checkpoint would hold: keep what learns "

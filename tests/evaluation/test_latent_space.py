@@ -11,7 +11,6 @@ from helpers.tiny import (
     TimeOnlyDenoiser,
     generator,
     make_model,
-    make_task,
     make_tokenizer,
     rows,
 )
@@ -143,6 +142,8 @@ def test_all_measurements_are_functions_of_the_seed():
     assert HIDDEN != LATENT
 
 
-def test_the_loss_over_time_is_left_out_where_there_is_none():
-    autoencoder = make_task(diffusion_weight=0.0).model
-    assert measure_latents(autoencoder, rows(4), lambda ids: 1.0, seed=1, batch_size=3)["loss_over_time"] is None
+def test_a_denoiser_that_answers_0_loses_the_latents_mean_square_at_every_time():
+    untrained = make_model(shake=0.0)  # a DiT at its start; of an autoencoder it stays there
+    measured = measure_latents(untrained, rows(4), lambda ids: 1.0, seed=1, batch_size=3)["loss_over_time"]
+    wanted = untrained.encode(rows(4)).square().mean().item()
+    assert measured["loss"] == pytest.approx([wanted] * len(measured["u"]), rel=1e-5)
