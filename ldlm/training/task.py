@@ -113,8 +113,8 @@ class LDLMTask(Task):
         objective = JointObjective() if objective is None else objective
         if not isinstance(model, LDLM):
             raise ValueError(
-                f"model is of type {type(model).__name__}, and an LDLM is wanted: give one, and compile its layers, if any "
-                "are to be, by ldlm.CompileBlocks() among the callbacks"
+                f"model is of type {type(model).__name__}, and an LDLM is wanted: give one, and compile its "
+                "layers, if any are to be, by ldlm.CompileBlocks() among the callbacks"
             )
         if not isinstance(objective, Objective):
             raise ValueError(f"objective is of type {type(objective).__name__}, and an Objective is wanted: give one")
