@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[0] = str(Path(__file__).parent.parent)  # in place of this folder, whose tokenizers.py hides the package
+sys.path.pop(0)  # this folder, whose tokenizers.py would hide the package
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import lightning as L
 import torch
