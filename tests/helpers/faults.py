@@ -1,9 +1,26 @@
 """Things that go wrong in a run, at a chosen step, micro-step and rank."""
 
 import math
+from collections.abc import Callable
 
 import lightning as L
 import torch
+from torch import Tensor
+
+from ldlm.model import LDLM
+from ldlm.objective import Losses, Objective
+from ldlm.rng import Source
+
+
+class Poisoned(Objective):
+    """An objective whose total is what `wrong` makes of the right one."""
+
+    def __init__(self, objective: Objective, wrong: Callable[[Tensor], Tensor]) -> None:
+        self.objective, self.wrong = objective, wrong
+
+    def __call__(self, model: LDLM, tokens: Tensor, u: Tensor, gamma: Tensor | float, source: Source) -> Losses:
+        right = self.objective(model, tokens, u, gamma, source)
+        return right._replace(total=self.wrong(right.total))
 
 
 class Poison(L.Callback):
@@ -20,14 +37,10 @@ class Poison(L.Callback):
             here = self.rank in (None, trainer.global_rank) and task._micro_step == self.micro_step
             return here and trainer.global_step in self.steps
 
-        decoder = task.model.token_decoder
-        loss = decoder.loss
-
-        def poisoned(*arguments):
-            right = loss(*arguments)
+        def wrong(total):
             if not due() or "loss" not in self.where:
-                return right
-            return right * math.nan if "nan" in self.where else right + math.inf
+                return total
+            return total * math.nan if "nan" in self.where else total + math.inf
 
         def poison(gradient):
             if due() and "gradient" in self.where:
@@ -35,8 +48,16 @@ class Poison(L.Callback):
                 gradient.view(-1)[3] = torch.nan
             return gradient
 
-        decoder.loss = poisoned  # a term of the total
-        decoder.head.weight.register_hook(poison)  # before the gradients of ranks are summed
+        self.right, self.poisoned = task.objective, Poisoned(task.objective, wrong)
+        task.model.token_decoder.head.weight.register_hook(poison)  # before the gradients of ranks are summed
+
+    # In place for the length of a step alone: a checkpoint describes the objective.
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        task.objective = self.poisoned
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        task.objective = self.right
 
 
 KINDS = ["nan in the loss", "inf in the loss", "nan in one gradient"]

@@ -1,15 +1,13 @@
 """A tokenizer belongs to an encoder by its words, not by their number."""
 
 import pytest
-from helpers.tiny import HIDDEN, VOCAB, WORDS, FixedTokenEncoder, make_data, make_model, make_pretrained, make_trainer
+from helpers.tiny import HIDDEN, VOCAB, WORDS, FixedTokenEncoder, make_data, make_pretrained, make_task, make_trainer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from ldlm.nn.token_encoders import PretrainedTokenEncoder, ShallowTokenEncoder
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 from ldlm.training.checks import check_encoder
 
 
@@ -75,8 +73,8 @@ def test_where_there_is_nothing_to_compare_nothing_is_refused(encoder, tmp_path)
 
 def test_a_fit_with_another_models_words_is_refused_before_its_first_step(encoder, tmp_path):
     other = tokenizer_of([*WORDS[5:], *WORDS[:5]])
-    model = make_model(token_encoder=PretrainedTokenEncoder(encoder), tokenizer=other)
-    trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(1)])
+    task = make_task(token_encoder=PretrainedTokenEncoder(encoder), tokenizer=other, timestep_refresh=1)
+    trainer = make_trainer(tmp_path, [])
     with pytest.raises(ValueError, match="gives other ids than the one of the token encoder"):
-        trainer.fit(model, make_data(tmp_path, tokenizer=other))
+        trainer.fit(task, make_data(tmp_path, tokenizer=other))
     assert trainer.global_step == 0

@@ -15,13 +15,12 @@ import torch
 from helpers import ROOT
 from helpers.runs import assert_same_run
 from helpers.runs import run as run_all
-from helpers.tiny import make_data, make_model, make_trainer
+from helpers.tiny import make_data, make_task, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ldlm.training.callbacks.ema import EMA
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 from ldlm.training.preemption import StopOnSignal, Stopped, path_of_last
+from ldlm.training.task import LDLMTask
 
 STEPS = 400
 
@@ -211,8 +210,8 @@ class Kills(L.Callback):
         setattr(self, hook, lambda *_, **__: os.kill(os.getpid(), signum))
 
 
-def recipe(*more: L.Callback) -> list[L.Callback]:
-    return [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2), EMA(), *more]
+def tiny() -> LDLMTask:
+    return make_task(warmup_steps=4, timestep_refresh=2)
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_validation_start", "on_save_checkpoint"])
@@ -221,11 +220,11 @@ def test_whenever_the_signal_comes_the_run_ends_with_its_step_and_gives_the_sign
     try:
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
         # One's own guard stands first and acts last, after the averages of its step.
-        callbacks = [StopOnSignal(), *recipe(Kills(hook), keep)]
+        callbacks = [StopOnSignal(), ema := EMA(), Kills(hook), keep]
         trainer = make_trainer(tmp_path, callbacks, max_steps=9, val_check_interval=3, enable_checkpointing=True)
-        model = make_model()
+        task = tiny()
         with pytest.raises(SystemExit) as stop:
-            trainer.fit(model, make_data(tmp_path))
+            trainer.fit(task, make_data(tmp_path))
         assert stop.value.code == 143
         assert signal.getsignal(signal.SIGUSR1) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
@@ -234,8 +233,8 @@ def test_whenever_the_signal_comes_the_run_ends_with_its_step_and_gives_the_sign
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     expected = {"on_fit_start": 1, "on_train_start": 1, "on_validation_start": 4, "on_save_checkpoint": 2}
     assert saved["global_step"] == trainer.global_step == expected[hook]
-    assert torch.equal(saved["state_dict"]["token_decoder.head.weight"], model.averaged["token_decoder.head.weight"])
-    assert torch.equal(saved["raw_parameters"]["token_decoder.head.weight"], model.token_decoder.head.weight)
+    assert torch.equal(saved["state_dict"]["token_decoder.head.weight"], ema.averages["token_decoder.head.weight"])
+    assert torch.equal(saved["raw_parameters"]["token_decoder.head.weight"], task.model.token_decoder.head.weight)
 
 
 def test_a_handler_of_ones_own_is_called_too_and_comes_back(tmp_path):
@@ -246,9 +245,9 @@ def test_a_handler_of_ones_own_is_called_too_and_comes_back(tmp_path):
 
     before = signal.signal(signal.SIGUSR1, mine)
     try:
-        trainer = make_trainer(tmp_path, recipe(Kills("on_train_start", signal.SIGUSR1)))
+        trainer = make_trainer(tmp_path, [EMA(), Kills("on_train_start", signal.SIGUSR1)])
         with pytest.raises(SystemExit):
-            trainer.fit(make_model(), make_data(tmp_path))
+            trainer.fit(tiny(), make_data(tmp_path))
         assert heard == [signal.SIGUSR1]
         assert signal.getsignal(signal.SIGUSR1) is mine
     finally:
@@ -260,12 +259,12 @@ def test_a_stop_that_cannot_save_points_to_no_file_that_is_not_there(tmp_path, m
         raise OSError(28, "No space left on device")
 
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=100)
-    trainer = make_trainer(tmp_path, recipe(keep, Kills("on_train_start")), max_steps=5, enable_checkpointing=True)
+    trainer = make_trainer(tmp_path, [EMA(), keep, Kills("on_train_start")], max_steps=5, enable_checkpointing=True)
     said: list[str] = []
     monkeypatch.setattr("ldlm.checkpoints.io.write", full)
     monkeypatch.setattr("ldlm.training.preemption.rank_zero_info", said.append)
     with pytest.warns(UserWarning, match="No space left"), pytest.raises(Stopped) as stop:
-        trainer.fit(make_model(), make_data(tmp_path))
+        trainer.fit(tiny(), make_data(tmp_path))
     assert stop.value.code == 143
     assert len(said) == 1
     assert "last.ckpt could not be written" in said[0]
@@ -275,8 +274,8 @@ def test_a_stop_that_cannot_save_points_to_no_file_that_is_not_there(tmp_path, m
 
 def test_after_a_fit_that_was_not_stopped_lightnings_own_ways_are_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    trainer = make_trainer(tmp_path, recipe(), max_steps=1)
-    trainer.fit(make_model(), make_data(tmp_path))
+    trainer = make_trainer(tmp_path, [EMA()], max_steps=1)
+    trainer.fit(tiny(), make_data(tmp_path))
     assert signal.getsignal(signal.SIGTERM) == before
     assert "register_signal_handlers" not in vars(trainer._signal_connector)
     assert "_broadcast_sigterm_tensor" not in vars(trainer.fit_loop.epoch_loop)

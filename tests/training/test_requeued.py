@@ -9,11 +9,9 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from helpers.tiny import make_data, make_home, make_model, make_trainer
+from helpers.tiny import make_data, make_home, make_task, make_trainer
 
 from ldlm.cli import main as cli
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 SIZES = {"latent_size": 12, "width": 16, "layers": 1, "heads": 2}
 STEPS = 5  # after which the first job is put back
@@ -32,9 +30,8 @@ def recipe(name: str, steps: int) -> dict[str, Any]:
             **{part: {"class_path": path, "init_args": {"hidden_size": 16, **SIZES}} for part, path in coders},
             "denoiser": {"class_path": "DiT", "init_args": {**SIZES}},
             "token_decoder": {"class_path": "LinearTokenDecoder", "init_args": {"hidden_size": 16, "vocab_size": 40}},
-            "statistics_rows": 8,
         },
-        "warmup": {"steps": 2},
+        "training": {"warmup_steps": 2, "timestep_refresh": 1, "statistics_rows": 8},
         "trainer": {
             "max_steps": steps,
             "accelerator": "cpu",
@@ -43,7 +40,6 @@ def recipe(name: str, steps: int) -> dict[str, Any]:
             "enable_model_summary": False,
             "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": name}},
             "callbacks": [
-                {"class_path": "AdaptiveTimestepUpdate", "init_args": {"every_n_steps": 1}},
                 {"class_path": "ModelCheckpoint", "init_args": keep},
                 {"class_path": "test_requeued.PutsBack"},
             ],
@@ -103,11 +99,9 @@ def test_the_job_that_was_put_back_goes_on(first, monkeypatch, words):
 
 
 def test_a_script_is_told_whose_file_lightning_would_go_on_from(tmp_path, monkeypatch):
-    recipe = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2)]
-
     def fit(steps: int, **named: Any) -> L.Trainer:
-        trainer = make_trainer(tmp_path, recipe, max_steps=steps)
-        trainer.fit(make_model(), make_data(tmp_path), **named)
+        trainer = make_trainer(tmp_path, [], max_steps=steps)
+        trainer.fit(make_task(warmup_steps=4, timestep_refresh=2), make_data(tmp_path), **named)
         return trainer
 
     job(monkeypatch, 1)

@@ -6,14 +6,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import make_data, make_model, make_trainer, rows
+from helpers.tiny import make_data, make_task, make_trainer, rows
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.visualisation import SaveAtEnd
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 EPOCH = 6  # steps of 4 rows in an epoch of `make_data`
 
@@ -46,17 +44,17 @@ class Saves(L.Callback):
 
 
 def fit(
-    folder: Path, *more: L.Callback, resume: str | None = None, model: dict[str, Any] | None = None, **options: Any
+    folder: Path, *more: L.Callback, resume: str | None = None, task: dict[str, Any] | None = None, **options: Any
 ) -> Diary:
     workers = options.pop("num_workers", 0)
     data = options.pop("data") if "data" in options else make_data(folder, num_workers=workers)
     diary = Diary()
     trainer = make_trainer(
         folder,
-        [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2), *more, diary],
+        [*more, diary],
         **{"max_steps": -1, "enable_checkpointing": True} | options,
     )
-    trainer.fit(make_model(**model or {}), data, ckpt_path=resume and folder / resume)
+    trainer.fit(make_task(warmup_steps=4, timestep_refresh=2, **task or {}), data, ckpt_path=resume and folder / resume)
     diary.steps = trainer.global_step
     diary.logged = trainer.fit_loop.epoch_loop._batches_that_stepped
     return diary
@@ -82,7 +80,7 @@ CHANGES = [(1, 2, 4, 4), (2, 1, 4, 8), (2, 1, 6, 12), (1, 4, 6, 6), (4, 1, 9, 12
 def test_another_number_of_accumulated_batches_changes_no_epoch_and_no_validation(
     tmp_path, before, after, step, calls, interval
 ):
-    common = {"max_epochs": 3, "val_check_interval": interval, "model": {"lr_decay": 0.5}}
+    common = {"max_epochs": 3, "val_check_interval": interval, "task": {"lr_decay": 0.5}}
     whole = fit(tmp_path, accumulate_grad_batches=after, **common)
     assert whole.steps == 3 * EPOCH
     saves = Saves(tmp_path / "a.ckpt", step, calls)
@@ -91,7 +89,7 @@ def test_another_number_of_accumulated_batches_changes_no_epoch_and_no_validatio
 
 
 def test_an_epoch_goes_on_at_the_same_share_of_it_with_another_batch_size_that_is_insisted_on(tmp_path):
-    common = {"max_epochs": 3, "model": {"allow_changes": ["batch_size"]}}
+    common = {"max_epochs": 3, "task": {"allow_changes": ["batch_size"]}}
     fit(tmp_path, Saves(tmp_path / "a.ckpt", 8, 2), **common)  # a third of the second epoch, of six steps
     rest = fit(tmp_path, resume="a.ckpt", data=make_data(tmp_path, batch_size=8), **common)
     assert rest.steps == 8 + 2 + 3
@@ -155,11 +153,11 @@ def test_an_epoch_that_the_end_of_a_run_cut_short_goes_on_when_the_run_is_extend
 def test_a_run_that_is_extended_falls_as_if_it_had_been_as_long_from_the_start(tmp_path, monkeypatch, options):
     said: list[str] = []
     monkeypatch.setattr("ldlm.training.optim.rank_zero_info", said.append)
-    model = {"lr_decay": 0.5, "learning_rate": 1e-3}
+    task = {"lr_decay": 0.5, "learning_rate": 1e-3}
     keep = [SaveAtEnd(), last(tmp_path, every_n_train_steps=5)]
-    assert fit(tmp_path, *keep, model=model, **options).rates[9] == pytest.approx(1e-3 * 1 / 5)
+    assert fit(tmp_path, *keep, task=task, **options).rates[9] == pytest.approx(1e-3 * 1 / 5)
     longer = {name: 2 * value if name.startswith("max") else value for name, value in options.items()}
-    rest = fit(tmp_path, resume="last.ckpt", model=model, **longer)
+    rest = fit(tmp_path, resume="last.ckpt", task=task, **longer)
     want = {step: 1e-3 * min(1, (20 - step) / 10) for step in range(10, 20)}
     assert rest.rates == pytest.approx(want, rel=1e-12)
     assert len(said) == 1
@@ -173,8 +171,8 @@ def test_a_run_that_is_extended_falls_as_if_it_had_been_as_long_from_the_start(t
 @pytest.mark.parametrize(("limit", "calls"), [(5, 5), (0.5, 3), (1, 1), (100, EPOCH)])
 def test_epochs_of_fewer_batches_follow_each_other_without_a_gap_and_are_all_as_long(tmp_path, limit, calls, workers):
     data = make_data(tmp_path, num_workers=workers)
-    model = {"lr_decay": 1.0, "learning_rate": 1e-3}
-    diary = fit(tmp_path, data=data, model=model, max_epochs=4, limit_train_batches=limit)
+    task = {"lr_decay": 1.0, "learning_rate": 1e-3}
+    diary = fit(tmp_path, data=data, task=task, max_epochs=4, limit_train_batches=limit)
     assert diary.steps == 4 * calls
     assert diary.rates == pytest.approx({step: 1e-3 * (1 - step / diary.steps) for step in range(diary.steps)})
     assert diary.validations == [(calls * epoch, epoch - 1) for epoch in (1, 2, 3, 4)]
@@ -193,7 +191,7 @@ def test_an_epoch_of_part_of_a_step_is_refused(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_reads_on_even_if_its_length_was_asked_for_before(tmp_path, workers):
     # With max_epochs, and not max_steps alone, Lightning sets the loader up to count its batches, before it restores.
-    common = {"max_epochs": 3, "model": {"lr_decay": 0.5}, "num_workers": workers}
+    common = {"max_epochs": 3, "task": {"lr_decay": 0.5}, "num_workers": workers}
     whole = fit(tmp_path, **common)
     fit(tmp_path, Saves(tmp_path / "a.ckpt", 8, 2), **common)
     assert_goes_on(whole, fit(tmp_path, resume="a.ckpt", **common), 8)
@@ -213,4 +211,4 @@ def test_the_end_of_a_stream_without_length_is_not_taken_for_minus_one(tmp_path)
             return iter(rows(8))
 
     with pytest.raises(ValueError, match=r"lr_decay=0\.5 needs to know where the run ends: give the trainer max_steps"):
-        fit(tmp_path, data=DataLoader(Stream(), batch_size=4), max_epochs=2, model={"lr_decay": 0.5})
+        fit(tmp_path, data=DataLoader(Stream(), batch_size=4), max_epochs=2, task={"lr_decay": 0.5})

@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import FixedTokenEncoder, TimeOnlyDenoiser, make_data, make_model, make_pretrained, make_trainer, rows
+from helpers.tiny import FixedTokenEncoder, TimeOnlyDenoiser, make_data, make_pretrained, make_task, make_trainer, rows
 from torch.utils.data import DataLoader
 
 from ldlm.diffusion.grids import LogSNRGrid
@@ -16,21 +16,23 @@ from ldlm.diffusion.samplers import DDIM
 from ldlm.diffusion.schedules import TangentSchedule
 from ldlm.diffusion.timesteps import AdaptiveTimesteps, UniformTimesteps
 from ldlm.nn.token_encoders import PretrainedTokenEncoder
+from ldlm.objective import TokenObjective
 from ldlm.training.callbacks.ema import EMA
 from ldlm.training.callbacks.hidden_state_cache import CacheHiddenStates
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
-from ldlm.training.stages import FixedLatents, TokenDecoderStage
+from ldlm.training.stages import FixedLatents, token_decoder_stage
+from ldlm.training.task import LDLMTask
 
-RATES = {"lr_warmup_steps": 4, "learning_rate": 1e-3}
+SCHEDULE = {"warmup_steps": 4, "timestep_refresh": 2}
+RATES = {"lr_warmup_steps": 4, "learning_rate": 1e-3, **SCHEDULE}
 
 
 def callbacks(
-    decay: float | None = 0.9, warmup: dict[str, Any] | None = None, every: int = 2, more: tuple[L.Callback, ...] = ()
+    decay: float | None = 0.9, warmup: dict[str, Any] | None = None, more: tuple[L.Callback, ...] = ()
 ) -> list[L.Callback]:
-    warmup = {"steps": 4} | (warmup or {})
     ema = [] if decay is None else [EMA(decay)]
-    return [*more, DiffusionToEncoderWarmup(**warmup), AdaptiveTimestepUpdate(every), *ema]
+    own = [] if warmup is None else [DiffusionToEncoderWarmup(4, **warmup)]
+    return [*more, *own, *ema]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("settings")
     for name, decay in (("two", 0.9), ("bare", None)):
         trainer = make_trainer(folder, callbacks(decay), max_steps=2)
-        trainer.fit(make_model(**RATES), make_data(folder))
+        trainer.fit(make_task(**RATES), make_data(folder))
         trainer.save_checkpoint(folder / f"{name}.ckpt")
     return folder
 
@@ -55,23 +57,25 @@ class Rates(L.Callback):
         self.groups[trainer.global_step] = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
 
 
-def resume(folder: Path, model, recipe: list[L.Callback], file: str = "two.ckpt", steps: int = 3, **changes) -> Rates:
+def resume(
+    folder: Path, task: LDLMTask, recipe: list[L.Callback], file: str = "two.ckpt", steps: int = 3, **changes
+) -> Rates:
     rates = Rates()
     trainer = make_trainer(folder, [*recipe, rates], max_steps=steps, **changes)
-    trainer.fit(model, make_data(folder), ckpt_path=folder / file)
+    trainer.fit(task, make_data(folder), ckpt_path=folder / file)
     assert trainer.global_step == steps
     trainer.save_checkpoint(folder / "next.ckpt")
     return rates
 
 
-# name: (arguments of the model, arguments of `callbacks`, what is said)
+# name: (arguments of `make_task`, arguments of `callbacks`, what is said)
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "sigma_dec": ({"sigma_dec": 2.0}, {}, "sigma_dec 1.0 and this one would go on with 2.0"),
     "self_conditioning": ({"self_conditioning": 0.0}, {}, "self_conditioning 0.5 and"),
-    "token_fraction": ({"token_fraction": 0.5}, {}, "token_fraction 1.0 and"),
-    "token_gradient": ({"token_gradient": True}, {}, "token_gradient False and"),
-    "diffusion_weight": ({"diffusion_weight": 0.5}, {}, "diffusion_weight 1.0 and"),
-    "hidden_masking": ({"hidden_masking": 0.2}, {}, "hidden_masking 0.0 and"),
+    "objective.token_fraction": ({"token_fraction": 0.5}, {}, "objective.token_fraction 1.0 and"),
+    "objective.token_gradient": ({"token_gradient": True}, {}, "objective.token_gradient False and"),
+    "objective.diffusion_weight": ({"diffusion_weight": 0.5}, {}, "objective.diffusion_weight 1.0 and"),
+    "objective.hidden_masking": ({"hidden_masking": 0.2}, {}, "objective.hidden_masking 0.0 and"),
     "statistics_rows": ({"statistics_rows": 16}, {}, "statistics_rows 8 and"),
     "lr_warmup_steps": ({"lr_warmup_steps": 5}, {}, "lr_warmup_steps 4 and"),
     "betas": ({"betas": (0.8, 0.9)}, {}, r"betas \[0.9, 0.98\] and this one would go on with \[0.8, 0.9\]"),
@@ -80,11 +84,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "schedule.d": ({"schedule": TangentSchedule(1.0)}, {}, "schedule.d 3.0 and"),
     "timesteps.floor": ({"timesteps": AdaptiveTimesteps(floor=0.5)}, {}, "timesteps.floor 0.001 and"),
     "EMA.decay": ({}, {"decay": 0.5}, "EMA.decay 0.9 and"),
-    "DiffusionToEncoderWarmup.steps": ({}, {"warmup": {"steps": 40}}, "steps 4 and"),
+    "DiffusionToEncoderWarmup.steps": ({"warmup_steps": 40}, {}, "steps 4 and"),
     "DiffusionToEncoderWarmup.gamma_min": ({}, {"warmup": {"gamma_min": 0.5}}, "gamma_min 0.0 and"),
     "DiffusionToEncoderWarmup.k": ({}, {"warmup": {"k": 5.0}}, "k 10.0 and"),
     "DiffusionToEncoderWarmup.c": ({}, {"warmup": {"c": 0.5}}, "c 0.8 and"),
-    "AdaptiveTimestepUpdate.every_n_steps": ({}, {"every": 3}, "every_n_steps 2 and"),
+    "AdaptiveTimestepUpdate.every_n_steps": ({"timestep_refresh": 3}, {}, "every_n_steps 2 and"),
     "CacheHiddenStates.dtype": ({}, {"more": (CacheHiddenStates(dtype="float16"),)}, "dtype None and"),
 }
 
@@ -92,9 +96,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_changes_the_result_changes_only_if_it_is_insisted_on_by_name(folder, name):
     arguments, recipe, said = REFUSED[name]
-    with pytest.raises(ValueError, match=rf"the checkpoint's run has .*{said}.*--model.allow_changes \[{name}\]"):
-        resume(folder, make_model(**RATES | arguments), callbacks(**recipe))
-    resume(folder, make_model(**RATES | arguments, allow_changes=[name]), callbacks(**recipe))
+    with pytest.raises(ValueError, match=rf"the checkpoint's run has .*{said}.*--training.allow_changes \[{name}\]"):
+        resume(folder, make_task(**RATES | arguments), callbacks(**recipe))
+    resume(folder, make_task(**RATES | arguments, allow_changes=[name]), callbacks(**recipe))
 
 
 @pytest.mark.parametrize(
@@ -102,38 +106,38 @@ def test_what_changes_the_result_changes_only_if_it_is_insisted_on_by_name(folde
 )
 def test_a_part_of_another_class_is_one_difference_and_not_one_for_each_argument(folder, part, name):
     with pytest.raises(ValueError, match=rf"has {name} \S+ and this .* with \S+: .* \[{name}\]$"):
-        resume(folder, make_model(**RATES | {name: part}), callbacks())
+        resume(folder, make_task(**RATES | {name: part}), callbacks())
 
 
 def test_all_that_differs_is_said_at_once(folder):
-    model = make_model(**RATES | {"sigma_dec": 2.0, "eps": 1e-6}, allow_changes=["eps"])
+    task = make_task(**RATES | {"sigma_dec": 2.0, "eps": 1e-6}, allow_changes=["eps"])
     with pytest.raises(
         ValueError, match=r"sigma_dec 1.0 .* \[sigma_dec, EMA.decay\]; different too: EMA.decay \(0.9, 0.5\)$"
     ):
-        resume(folder, model, callbacks(0.5))
+        resume(folder, task, callbacks(0.5))
 
 
 def test_a_setting_of_numpys_is_a_number_and_can_be_read(folder):
-    resume(folder, make_model(**RATES), callbacks(np.float64(0.9)))
-    resume(folder, make_model(**RATES), callbacks(), "next.ckpt", steps=4)
+    resume(folder, make_task(**RATES), callbacks(np.float64(0.9)))
+    resume(folder, make_task(**RATES), callbacks(), "next.ckpt", steps=4)
     with pytest.raises(ValueError, match=r"EMA\.decay is a float32, which a checkpoint cannot describe"):
-        resume(folder, make_model(**RATES), callbacks(np.float32(0.9)))
+        resume(folder, make_task(**RATES), callbacks(np.float32(0.9)))
 
 
 def test_a_loader_of_ones_own_changes_nothing_of_this(folder):
     trainer = make_trainer(folder, callbacks(), max_steps=3)
     with pytest.raises(ValueError, match=r"sigma_dec 1\.0 and this one would go on with 2\.0"):
-        trainer.fit(make_model(**RATES, sigma_dec=2.0), DataLoader(rows(16), 4), ckpt_path=folder / "two.ckpt")
+        trainer.fit(make_task(**RATES, sigma_dec=2.0), DataLoader(rows(16), 4), ckpt_path=folder / "two.ckpt")
 
 
 def test_solver_and_grid_may_change_since_training_does_not_use_them(folder):
-    resume(folder, make_model(**RATES, sampler=DDIM(), grid=LogSNRGrid()), callbacks())
+    resume(folder, make_task(**RATES, sampler=DDIM(), grid=LogSNRGrid()), callbacks())
 
 
 def test_averaging_may_begin_with_a_resumed_run_and_says_so(folder, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("ldlm.training.resuming.rank_zero_info", said.append)
-    resume(folder, make_model(**RATES), callbacks(0.9), "bare.ckpt")
+    resume(folder, make_task(**RATES), callbacks(0.9), "bare.ckpt")
     assert "EMA.decay: None in the checkpoint's run, 0.9 from here on" in said
 
 
@@ -153,16 +157,16 @@ def test_what_may_change_is_used_from_there_on_and_logged_with_both_values(
 ):
     heard: list[str] = []
     monkeypatch.setattr("ldlm.training.resuming.rank_zero_info", heard.append)
-    resumed = resume(folder, make_model(**RATES | arguments), callbacks(), steps=6, **options)
+    resumed = resume(folder, make_task(**RATES | arguments), callbacks(), steps=6, **options)
     assert {said, "max_steps: 2 in the checkpoint's run, 6 from here on"} == set(heard)
     whole = Rates()  # torch's own optimizer and schedule, in a run that had these arguments from the start
     make_trainer(folder, [*callbacks(), whole], max_steps=6, **options).fit(
-        make_model(**RATES | arguments), make_data(folder)
+        make_task(**RATES | arguments), make_data(folder)
     )
     assert resumed.groups == {step: group for step, group in whole.groups.items() if step in resumed.groups}
     assert len(resumed.groups) == 4
     saved = torch.load(folder / "next.ckpt", weights_only=True)
-    claimed = saved["ldlm"]["model"]["init_args"]
+    claimed = saved["ldlm"]["training"]["init_args"]
     group = saved["optimizer_states"][0]["param_groups"][0]
     assert (claimed["learning_rate"], claimed["weight_decay"]) == (group["initial_lr"], group["weight_decay"])
     assert saved["lr_schedulers"][0]["base_lrs"] == [claimed["learning_rate"]]
@@ -170,7 +174,7 @@ def test_what_may_change_is_used_from_there_on_and_logged_with_both_values(
 
 @pytest.mark.parametrize(("name", "value"), [("betas", (0.8, 0.9)), ("eps", 1e-6), ("lr_warmup_steps", 40)])
 def test_what_is_insisted_on_is_used_too(folder, name, value):
-    resumed = resume(folder, make_model(**RATES | {name: value}, allow_changes=[name]), callbacks())
+    resumed = resume(folder, make_task(**RATES | {name: value}, allow_changes=[name]), callbacks())
     if name == "lr_warmup_steps":
         assert resumed.groups[2]["lr"] == pytest.approx(1e-8 + 2 / 40 * (1e-3 - 1e-8), rel=1e-12)
     else:
@@ -178,10 +182,10 @@ def test_what_is_insisted_on_is_used_too(folder, name, value):
 
 
 def test_another_part_frozen_than_in_the_checkpoints_run_is_said_in_one_sentence(folder):
-    model = make_model(**RATES)
-    model.latent_encoder.requires_grad_(False)
+    task = make_task(**RATES)
+    task.model.latent_encoder.requires_grad_(False)
     with pytest.raises(ValueError, match=r"optimizer has \d+ parameters and this model trains \d+: freeze the same"):
-        resume(folder, model, callbacks(None), "bare.ckpt")
+        resume(folder, task, callbacks(None), "bare.ckpt")
 
 
 # --- frozen weights, wherever they are kept
@@ -198,13 +202,13 @@ def homes(tmp_path_factory):
         next(other.parameters()).add_(1)
     other.save_pretrained(home / "other" / "encoder")
     trainer = make_trainer(home, callbacks(), max_steps=2)
-    trainer.fit(make_model(token_encoder=PretrainedTokenEncoder(str(home / "encoder"))), make_data(home))
+    trainer.fit(make_task(**SCHEDULE, token_encoder=PretrainedTokenEncoder(str(home / "encoder"))), make_data(home))
     trainer.save_checkpoint(home / "two.ckpt")
     return home
 
 
 def test_an_encoder_that_was_moved_is_the_same_encoder(homes):
-    resume(homes, make_model(token_encoder=PretrainedTokenEncoder(str(homes / "moved"))), callbacks())
+    resume(homes, make_task(**SCHEDULE, token_encoder=PretrainedTokenEncoder(str(homes / "moved"))), callbacks())
 
 
 @pytest.mark.parametrize(
@@ -218,7 +222,7 @@ def test_an_encoder_that_was_moved_is_the_same_encoder(homes):
 def test_other_hidden_states_are_refused_though_folder_and_shapes_agree(homes, place, options, said):
     encoder = PretrainedTokenEncoder(str(homes / place), **options)
     with pytest.raises(ValueError, match=said):
-        resume(homes, make_model(token_encoder=encoder), callbacks())
+        resume(homes, make_task(**SCHEDULE, token_encoder=encoder), callbacks())
 
 
 # --- two stages
@@ -231,14 +235,17 @@ def test_a_second_stage_is_resumed_with_the_first_stage_it_began_with_wherever_t
 
     def fit(first: Path, steps: int, **resumed) -> None:
         if stage == "fixed":
-            model, recipe = make_model(reconstruction_weight=0.0, token_weight=0.0), [FixedLatents(str(first))]
+            task = make_task(**SCHEDULE, reconstruction_weight=0.0, token_weight=0.0)
+            recipe = [FixedLatents(str(first))]
         else:
-            model, recipe = TokenDecoderStage(str(first), layers=0), []
+            model, recipe = token_decoder_stage(str(first), layers=0), []
+            task = make_task(**SCHEDULE, model=model, objective=TokenObjective())
         trainer = make_trainer(tmp_path, [*recipe, *callbacks()], max_steps=steps)
-        trainer.fit(model, make_data(tmp_path), **resumed)
+        trainer.fit(task, make_data(tmp_path), **resumed)
         trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
 
     fit(folder / "two.ckpt", 1)
     fit(tmp_path / "moved.ckpt", 2, ckpt_path=tmp_path / "1.ckpt")
-    with pytest.raises(ValueError, match=r"checkpoint of sha256 (\w+) and this one would go on with of sha256 (?!\1)"):
+    name = "FixedLatents.checkpoint" if stage == "fixed" else "frozen"
+    with pytest.raises(ValueError, match=rf"{name} of sha256 (\w+) and this one would go on with of sha256 (?!\1)"):
         fit(folder / "bare.ckpt", 3, ckpt_path=tmp_path / "2.ckpt")

@@ -1,25 +1,23 @@
 """A run that was interrupted and goes on in a new process is the run that was not, bit for bit; no other goes on."""
 
 from pathlib import Path
+from typing import Any
 
-import lightning as L
 import pytest
 from helpers.runs import assert_same_run, run
-from helpers.tiny import WORDS, make_data, make_model, make_tokenizer, make_trainer, rows
+from helpers.tiny import WORDS, make_data, make_task, make_tokenizer, make_trainer, rows
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from ldlm.model import LDLM
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.task import LDLMTask
 
 STEPS = 9  # 6 an epoch; the warm-up takes 5, bins are refreshed after 3, 6 and 9
 
 
-def recipe() -> list[L.Callback]:
-    return [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2)]
+def task(**changes: Any) -> LDLMTask:
+    return make_task(**{"warmup_steps": 4, "timestep_refresh": 2} | changes)
 
 
 CASES = [(0, 1), (0, 2), (2, 1), (2, 2)]  # loader processes, accumulated batches
@@ -68,9 +66,9 @@ def test_an_epoch_that_ended_on_fewer_accumulated_batches_is_not_begun_anew(tmp_
     loader = DataLoader(rows(28), batch_size=4)  # 7 batches: steps on 2, 2, 2 and 1
     keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **every)
     arguments = {"max_steps": -1, "accumulate_grad_batches": 2, "enable_checkpointing": True}
-    make_trainer(tmp_path, [*recipe(), keep], max_epochs=1, **arguments).fit(make_model(), loader)
-    trainer = make_trainer(tmp_path, recipe(), max_epochs=2, **arguments)
-    trainer.fit(make_model(), loader, ckpt_path=tmp_path / "step=4.ckpt")
+    make_trainer(tmp_path, [keep], max_epochs=1, **arguments).fit(task(), loader)
+    trainer = make_trainer(tmp_path, [], max_epochs=2, **arguments)
+    trainer.fit(task(), loader, ckpt_path=tmp_path / "step=4.ckpt")
     assert trainer.global_step == 8
 
 
@@ -80,8 +78,8 @@ def test_an_epoch_that_ended_on_fewer_accumulated_batches_is_not_begun_anew(tmp_
 @pytest.fixture
 def stopped(tmp_path):
     """A checkpoint after two steps."""
-    trainer = make_trainer(tmp_path, recipe(), max_steps=2)
-    trainer.fit(make_model(), make_data(tmp_path, seed=1))
+    trainer = make_trainer(tmp_path, [], max_steps=2)
+    trainer.fit(task(), make_data(tmp_path, seed=1))
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     return tmp_path / "two.ckpt"
 
@@ -106,11 +104,9 @@ def test_a_run_goes_on_with_other_rows_only_if_that_is_insisted_on_by_name(stopp
     with pytest.raises(
         ValueError, match=rf"the checkpoint's run has {message} give the same.*allow_changes \[{name}\]"
     ):
-        make_trainer(tmp_path, recipe(), max_steps=3).fit(
-            make_model(), make_data(tmp_path, **changes), ckpt_path=stopped
-        )
-    trainer = make_trainer(tmp_path, recipe(), max_steps=3)
-    trainer.fit(make_model(allow_changes=[name]), make_data(tmp_path, **changes), ckpt_path=stopped)
+        make_trainer(tmp_path, [], max_steps=3).fit(task(), make_data(tmp_path, **changes), ckpt_path=stopped)
+    trainer = make_trainer(tmp_path, [], max_steps=3)
+    trainer.fit(task(allow_changes=[name]), make_data(tmp_path, **changes), ckpt_path=stopped)
     assert trainer.global_step == 3
 
 
@@ -119,53 +115,53 @@ def test_another_tokenizer_row_length_or_seed_of_the_noise_is_refused_too(stoppe
     padded.add_tokens(["word1x"])
     data = make_data(tmp_path, seed=1, tokenizer=padded)
     with pytest.raises(ValueError, match=r"has (data|tokenizer) of sha256 (\w+) and .* with of sha256 (?!\2)\w+"):
-        make_trainer(tmp_path, recipe(), max_steps=3).fit(make_model(), data, ckpt_path=stopped)
-    model, data = make_model(sequence_length=9), make_data(tmp_path, seed=1, sequence_length=9)
+        make_trainer(tmp_path, [], max_steps=3).fit(task(), data, ckpt_path=stopped)
+    data = make_data(tmp_path, seed=1, sequence_length=9)
     with pytest.raises(ValueError, match="sequence_length 8 and this one would go on with 9"):
-        make_trainer(tmp_path, recipe(), max_steps=3).fit(model, data, ckpt_path=stopped)
+        make_trainer(tmp_path, [], max_steps=3).fit(task(sequence_length=9), data, ckpt_path=stopped)
     for allowed in (["batch_size"], ["seed"]):
-        model = make_model(allow_changes=allowed)
-        model.seed = 5
+        other = task(allow_changes=allowed)
+        other.seed = 5
         data = make_data(tmp_path, seed=1)
-        trainer = make_trainer(tmp_path, recipe(), max_steps=3)
+        trainer = make_trainer(tmp_path, [], max_steps=3)
         if allowed == ["seed"]:
-            trainer.fit(model, data, ckpt_path=stopped)
+            trainer.fit(other, data, ckpt_path=stopped)
             assert trainer.global_step == 3
         else:
             with pytest.raises(ValueError, match="seed 0 and this one would go on with 5"):
-                trainer.fit(model, data, ckpt_path=stopped)
+                trainer.fit(other, data, ckpt_path=stopped)
 
 
 def test_validating_and_a_loader_of_ones_own_are_not_asked(stopped, tmp_path):
     data = make_data(tmp_path, batch_size=8, special_tokens=False)
-    assert make_trainer(tmp_path, []).validate(make_model(), data, ckpt_path=stopped, verbose=False)
-    trainer = make_trainer(tmp_path, recipe(), max_steps=2)
-    trainer.fit(make_model(), DataLoader(rows(40), batch_size=4))
+    assert make_trainer(tmp_path, []).validate(task(), data, ckpt_path=stopped, verbose=False)
+    trainer = make_trainer(tmp_path, [], max_steps=2)
+    trainer.fit(task(), DataLoader(rows(40), batch_size=4))
     trainer.save_checkpoint(tmp_path / "own.ckpt")
-    trainer = make_trainer(tmp_path, recipe(), max_steps=3)
-    trainer.fit(make_model(), DataLoader(rows(40), batch_size=5), ckpt_path=tmp_path / "own.ckpt")
+    trainer = make_trainer(tmp_path, [], max_steps=3)
+    trainer.fit(task(), DataLoader(rows(40), batch_size=5), ckpt_path=tmp_path / "own.ckpt")
     assert trainer.global_step == 3
 
 
 def test_a_name_that_nothing_has_is_refused(stopped, tmp_path):
-    model, data = make_model(allow_changes=["seed", "batchsize"]), make_data(tmp_path, seed=1)
+    other, data = task(allow_changes=["seed", "batchsize"]), make_data(tmp_path, seed=1)
     with pytest.raises(ValueError, match=r"names \['batchsize'\], but there are only .*batch_size, .*seed"):
-        make_trainer(tmp_path, recipe(), max_steps=3).fit(model, data, ckpt_path=stopped)
+        make_trainer(tmp_path, [], max_steps=3).fit(other, data, ckpt_path=stopped)
 
 
 def test_the_command_line_takes_the_names():
     parser = ArgumentParser()
-    parser.add_class_arguments(LDLM, "model")
-    words = ["--model.token_encoder=ldlm.EmbeddingTokenEncoder", "--model.token_encoder.hidden_size=24"]
-    words += ["--model.token_encoder.vocab_size=40", "--model.allow_changes=[batch_size, schedule.d]"]
-    assert parser.instantiate(parser.parse_args(words)).model.allow_changes == ("batch_size", "schedule.d")
+    parser.add_class_arguments(LDLMTask, "training", skip={"model"}, instantiate=False)
+    words = ["--training.warmup_steps=4", "--training.allow_changes=[batch_size, schedule.d]"]
+    given = vars(parser.instantiate(parser.parse_args(words)).training)
+    assert task(**given).allow_changes == ("batch_size", "schedule.d")
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
 def test_strategies_that_cut_the_parameters_up_are_refused_in_one_sentence(tmp_path, strategy):
-    trainer, model = make_trainer(tmp_path, recipe()), make_model()
-    model.trainer = trainer
+    trainer, refused = make_trainer(tmp_path, []), task()
+    refused.trainer = trainer
     # Neither can be had on a CPU: Lightning's Trainer refuses the first two, and the third wants its package.
     trainer._accelerator_connector.strategy = object.__new__(strategy)
     with pytest.raises(ValueError, match=rf"{strategy.__name__} cuts the parameters up.*: use strategy='ddp'"):
-        model.setup("fit")
+        refused.setup("fit")

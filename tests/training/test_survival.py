@@ -11,14 +11,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import make_data, make_model, make_trainer
+from helpers.tiny import make_data, make_task, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ldlm.checkpoints.integrity import damage, read
 from ldlm.checkpoints.resume import last_checkpoint
 from ldlm.training.callbacks.ema import EMA
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 STEPS, KILLS, KILLS_A_RUN = 60, 44, 6
 
@@ -42,8 +40,6 @@ def train(folder: Path) -> None:
     os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     arguments = {"every_n_train_steps": 2, "save_last": True, "save_top_k": 1, "monitor": "step", "mode": "max"}
     callbacks = [
-        DiffusionToEncoderWarmup(20),
-        AdaptiveTimestepUpdate(5),
         EMA(),
         Ballast(),
         ModelCheckpoint(str(folder / "runs"), **arguments),
@@ -52,7 +48,7 @@ def train(folder: Path) -> None:
     found = last_checkpoint(folder / "runs")
     with open(folder / "starts", "a") as file:
         file.write(f"{read(found)['global_step'] if found else 0}\n")
-    trainer.fit(make_model(), make_data(folder), ckpt_path=found)
+    trainer.fit(make_task(warmup_steps=20, timestep_refresh=5), make_data(folder), ckpt_path=found)
 
 
 def fingerprint(value: object) -> str:
