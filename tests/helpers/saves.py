@@ -6,10 +6,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from helpers.tiny import make_data, make_model, make_trainer
-from ldlm.model import LDLM
+from helpers.tiny import make_data, make_task, make_trainer
 from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.task import LDLMTask
 
 OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100)}
 
@@ -20,7 +19,7 @@ def state(step: int, **more) -> dict:
 
 
 def recipe(checkpoints: ModelCheckpoint) -> list[L.Callback]:
-    return [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2), checkpoints]
+    return [AdaptiveTimestepUpdate(2), checkpoints]
 
 
 def saver(folder: Path, every: int = 2) -> ModelCheckpoint:
@@ -29,10 +28,10 @@ def saver(folder: Path, every: int = 2) -> ModelCheckpoint:
     return ModelCheckpoint(str(folder / "runs"), every_n_train_steps=every, **arguments)
 
 
-def fit(folder: Path, model: LDLM | None = None, ckpt_path=None, more=(), **changes) -> L.Trainer:
+def fit(folder: Path, task: LDLMTask | None = None, ckpt_path=None, more=(), **changes) -> L.Trainer:
     changes = {"enable_checkpointing": True, **changes}
     trainer = make_trainer(folder, [*recipe(saver(folder)), *more], **changes)
-    trainer.fit(model or make_model(), make_data(folder), ckpt_path=ckpt_path)
+    trainer.fit(task or make_task(), make_data(folder), ckpt_path=ckpt_path)
     return trainer
 
 
