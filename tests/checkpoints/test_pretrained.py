@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import LENGTH, VOCAB, make_data, make_model, make_pretrained, make_task, make_tokenizer, make_trainer, rows
+from helpers.tiny import (
+    LENGTH,
+    VOCAB,
+    make_data,
+    make_model,
+    make_pretrained,
+    make_task,
+    make_tokenizer,
+    make_trainer,
+    rows,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
