@@ -40,6 +40,16 @@ def visible(text: object) -> str:
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def brief(value: object, most: int = 100) -> str:
+    r"""A value as it may stand in a sentence: on one line, cut after so many characters. A file may hold any.
+
+    >>> brief("one\ntwo" + 99 * "!", 8)
+    'one two!...'
+    """
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def is_special(path: str | Path) -> bool:
     """Say whether a path leads to a device, a FIFO or a socket, which is written into and never replaced."""
     return Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())

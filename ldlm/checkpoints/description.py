@@ -13,13 +13,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 
 import ldlm
+from ldlm._files import brief
 from ldlm._sizes import check_length
 from ldlm.diffusion.grids import TimeGrid
 from ldlm.diffusion.samplers import Sampler
@@ -45,6 +46,7 @@ PARTS = (
 FORMAT = 2
 DESCRIPTION = "ldlm.json"  # of an export
 LARGEST_DESCRIPTION = 2**24  # bytes of it; the paper's model takes 3 kB
+LARGEST_INTEGER = 2**64  # in either direction; one that no float can hold would end a multiplication much later
 T = TypeVar("T")
 
 
@@ -124,17 +126,22 @@ def build(description: Any, kinds: tuple[type, ...] = PARTS) -> Any:
             argument is a path that `describe` would not have written.
     """
     if isinstance(description, str) and leads_out(description):
-        raise ValueError(f"{description!r} leads out of the current folder, which no file may: name it in the command")
+        name = brief(repr(description))
+        raise ValueError(f"{name} leads out of the current folder, which no file may: name it in the command")
+    if isinstance(description, int) and abs(description) > LARGEST_INTEGER:
+        raise ValueError(f"the file has an argument of {description.bit_length()} bits, and 64 are enough for all")
     if isinstance(description, list):
         return [build(item, kinds) for item in description]
     if not isinstance(description, dict):
         return description
     if description.keys() != {"class_path", "init_args"}:
         return {key: build(item, kinds) for key, item in description.items()}
-    module_name, _, class_name = str(description["class_path"]).rpartition(".")
+    path = str(description["class_path"])
+    module_name, _, class_name = path.rpartition(".")
     public = module_name == "ldlm" and class_name in ldlm.__all__  # importing it is this package's own doing
     module = sys.modules.get(module_name)
     if not isinstance(module, ModuleType):
+        class_name, module_name = brief(class_name), brief(module_name)
         raise ValueError(
             f"this model uses the class {class_name} of the module {module_name}, which is not imported, and files "
             f"are not allowed to import anything: import {module_name} first, or add --import {module_name}"
@@ -142,7 +149,7 @@ def build(description: Any, kinds: tuple[type, ...] = PARTS) -> Any:
     kind = getattr(ldlm, class_name) if public else vars(module).get(class_name)
     if not (isinstance(kind, type) and issubclass(kind, kinds)):
         raise ValueError(
-            f"this model uses {description['class_path']}, which is not a part of a model here: define the class in "
+            f"this model uses {brief(path)}, which is not a part of a model here: define the class in "
             f"{module_name} at the top level, as a subclass of one of ldlm's abstract parts"
         )
     return make(kind, description["init_args"], kinds)
@@ -157,19 +164,22 @@ def make(kind: type[T], arguments: dict[str, Any], kinds: tuple[type, ...] = PAR
     Raises:
         ValueError: If the class cannot be made of them.
     """
+    ours = kind.__module__.startswith("ldlm.")
     try:
         built = {name: build(value, kinds) for name, value in arguments.items()}
         for name, hint in _hints(kind).items():
-            if isinstance(built.get(name), kinds) and not isinstance(built[name], hint):
+            if name in built and not _suits(built[name], hint, kinds, ours):
                 raise TypeError(f"{name} cannot be a {type(built[name]).__name__}")
         return kind(**built)
     except Exception as error:  # untrusted arguments can make a constructor raise anything
-        if torch.get_default_device().type == "meta" and not kind.__module__.startswith("ldlm."):
+        if torch.get_default_device().type == "meta" and not ours:
             with torch.device("cpu"):
                 return make(kind, arguments, kinds)
         if isinstance(error, ValueError):
             raise
-        raise ValueError(f"{class_path(kind)} cannot be made from what the file says of it: {error}") from error
+        raise ValueError(
+            f"{class_path(kind)} cannot be made from what the file says of it: {brief(error, 300)}"
+        ) from error
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -178,6 +188,25 @@ def _hints(kind: type) -> dict[str, Any]:
         return get_type_hints(inspect.getattr_static(kind, "__init__"))
     except NameError:  # somebody's own part, with names for type checkers alone
         return {}
+
+
+def _suits(value: Any, hint: Any, kinds: tuple[type, ...], ours: bool) -> bool:
+    """Whether an argument is of its type: a part always, plain data where the class is ours and the type is plain."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_suits(value, one, kinds, ours) for one in get_args(hint))
+    if isinstance(value, kinds):
+        return isinstance(hint, type) and isinstance(value, hint)
+    if not ours:
+        return True
+    if get_origin(hint) is tuple:
+        items = get_args(hint)
+        suited = isinstance(value, list) and len(value) == len(items)
+        return suited and all(_suits(item, one, kinds, ours) for item, one in zip(value, items, strict=True))
+    if hint is int:  # a script may say 1e5 steps
+        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint) if hint in (str, bool, NoneType) else True
 
 
 def check_description(about: Any, source: str) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def check_readable(checkpoint: dict[str, Any]) -> None:
             raise pickle.PicklingError(
                 f"{found}, and a checkpoint with that could never be read: keep numbers, strings, lists, dictionaries "
                 "and tensors in the states of callbacks and data modules and in hyper-parameters, such as value.item() "
-                "or str(path), and leave parts out of save_hyperparameters, which LDLM does without"
+                "or str(path), and leave the model out of save_hyperparameters, which LDLMTask does without"
             )
 
 

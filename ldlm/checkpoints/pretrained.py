@@ -116,10 +116,14 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> No
 
 def load_checkpoint(kind: type[M], path: str | os.PathLike[str]) -> M:
     """The model of a checkpoint, on the CPU; errors as in `read_checkpoint`."""
-    checkpoint = read_checkpoint(path)
+    return restored(kind, read_checkpoint(path), str(path))
+
+
+def restored(kind: type[M], checkpoint: dict[str, Any], source: str) -> M:
+    """The model of what `read_checkpoint` gave, on the CPU; ValueError if none can be made of it."""
     files = checkpoint.get("tokenizer")
-    tokenizer = unpack_tokenizer(files, str(path)) if files is not None else None
-    return rebuild(kind, checkpoint["ldlm"], checkpoint["state_dict"], tokenizer, str(path))
+    tokenizer = unpack_tokenizer(files, source) if files is not None else None
+    return rebuild(kind, checkpoint["ldlm"], checkpoint["state_dict"], tokenizer, source)
 
 
 def load_pretrained(kind: type[M], source: str, revision: str | None) -> M:

@@ -126,22 +126,21 @@ class FileCorpus(Corpus):
         return {"files": files, "text_column": self.text_column, "text_unit": self.text_unit}
 
     def _plain(self, file: Path) -> Iterator[str]:
-        kept: list[str] = []
-        size = 0
+        kept, size = io.StringIO(), 0  # a list of short lines would take ten times the memory
         for number, line in _with_line_feeds(_lines(file, self.max_document_bytes)):
             blank = not line.strip()
-            size = len(line.encode()) + (size if kept else 0)
+            size = len(line.encode()) + (size if kept.tell() else 0)
             self._check_length(size, f"{file}, line {number}: a document up to there")
             if self.text_unit == "document":
-                kept.append(line)
+                kept.write(line)
             elif self.text_unit == "line" and not blank:
                 yield line.rstrip("\n")
             elif self.text_unit == "paragraph" and not blank:
-                kept.append(line)
-            elif self.text_unit == "paragraph" and kept:
-                yield "".join(kept).rstrip("\n")
-                kept = []
-        text = "".join(kept)
+                kept.write(line)
+            elif self.text_unit == "paragraph" and kept.tell():
+                yield kept.getvalue().rstrip("\n")
+                kept = io.StringIO()
+        text = kept.getvalue()
         if text.strip():
             yield text.rstrip("\n")
 

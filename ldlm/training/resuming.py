@@ -17,6 +17,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from ldlm._files import brief
 from ldlm.data.datamodule import PackedTextDataModule
 from ldlm.nn.token_encoders import FrozenTokenEncoder, TokenEncoder
 from ldlm.tokenizer import tokenizer_digest
@@ -39,6 +40,7 @@ APPLIED = (
 OPTIONAL = ("EMA.decay", "tokenizer", "frozen")
 # Training does not depend on them; of the last two, what the callbacks were told is compared.
 FREE = ("sampler", "grid", "batches", "job", "warmup_steps", "timestep_refresh")
+LISTED = 12  # differences that an error tells of
 
 
 class Recorded(L.Callback, abc.ABC):
@@ -126,16 +128,18 @@ def check_resumed(
         for name, was, now in differences(theirs, ours):
             free = name in APPLIED or (name in OPTIONAL and None in (was, now))
             if any(_covers(word, name) for word in allowed) or free:
-                rank_zero_info(f"{name}: {was} in the checkpoint's run, {now} from here on")
+                rank_zero_info(f"{brief(name)}: {brief(was)} in the checkpoint's run, {brief(now)} from here on")
             else:
                 refused.setdefault(name, (was, now))
     if refused:
         name, (was, now) = next(iter(refused.items()))
-        others = [f"{other} ({values[0]}, {values[1]})" for other, values in refused.items() if other != name]
+        names = [*map(brief, [*refused][:LISTED])]
+        others = [f"{brief(other)} ({brief(then)}, {brief(here)})" for other, (then, here) in refused.items()]
+        others = others[1:LISTED] + [f"and {len(refused) - LISTED} more"] * (len(refused) > LISTED)
         raise ValueError(
-            f"the checkpoint's run has {name} {was} and this one would go on with {now}: give the same, or insist with "
-            f"allow_changes={[*refused]} of the task, --training.allow_changes "
-            f"[{', '.join(refused)}]{'; different too: ' if others else ''}{', '.join(others)}"
+            f"the checkpoint's run has {brief(name)} {brief(was)} and this one would go on with {brief(now)}: give "
+            f"the same, or insist with allow_changes={names} of the task, --training.allow_changes "
+            f"[{', '.join(names)}]{'; different too: ' if others else ''}{', '.join(others)}"
         )
 
 
@@ -143,7 +147,7 @@ def read_training(about: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the task that wrote a description's file, by name; ValueError if it does not say them."""
     training = about.get("training")
     if not isinstance(training, dict) or not isinstance(arguments := training.get("init_args"), dict):
-        raise ValueError("the checkpoint does not say how its model was trained: training cannot go on from it")
+        raise ValueError("the checkpoint does not say how its model was trained: use one that an LDLMTask wrote")
     return arguments
 
 
@@ -169,8 +173,8 @@ def check_requeued(path: str | os.PathLike[str] | None, run: Mapping[str, Any], 
         return
     if path is not None and str(path) == trainer._checkpoint_connector._hpc_resume_path:
         raise ValueError(
-            f"{path} was left by the SLURM job {run.get('job')}, and Lightning would go on from it in this one: move "
-            "it away to train from scratch; to go on from it, give it another name and name that as ckpt_path"
+            f"{path} was left by the SLURM job {brief(run.get('job'))}, and Lightning would go on from it in this "
+            "one: move it away to train from scratch; to go on from it, give it another name and name that as ckpt_path"
         )
 
 
@@ -228,7 +232,8 @@ def flat(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for name, value in arguments.items():
-        if isinstance(value, dict) and value.keys() == {"class_path", "init_args"}:
+        part = isinstance(value, dict) and value.keys() == {"class_path", "init_args"}
+        if part and isinstance(value["init_args"], dict):
             values[f"{prefix}{name}"] = value["class_path"]
             values |= flat(value["init_args"], f"{prefix}{name}.")
         else:

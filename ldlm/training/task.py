@@ -22,9 +22,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ldlm.checkpoints.description import PARTS, build, check_description, describe, describe_model
-from ldlm.checkpoints.pretrained import check_weights, read_checkpoint
+from ldlm._files import brief
+from ldlm.checkpoints.description import check_description, describe, describe_model, make
+from ldlm.checkpoints.pretrained import check_weights, read_checkpoint, restored
 from ldlm.data.datamodule import PackedTextDataModule
+from ldlm.diffusion.grids import TimeGrid
+from ldlm.diffusion.samplers import Sampler
+from ldlm.diffusion.schedules import NoiseSchedule
 from ldlm.model import LDLM
 from ldlm.objective import JointObjective, Objective, normal_like
 from ldlm.rng import RowNoise, generator
@@ -58,6 +62,8 @@ from ldlm.training.resuming import (
 from ldlm.training.stability import LatentMonitor, SkippedSteps, spread_over_rows
 from ldlm.training.stages import name_weights
 
+# What a file may ask to be made for a task: nothing with weights, which no memory is compared with.
+KINDS = (Objective, NoiseSchedule, Sampler, TimeGrid)
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -440,12 +446,16 @@ class LDLMTask(Task):
         Raises:
             ValueError: As there; also if the objective's class is not imported.
         """
-        model = LDLM.load_from_checkpoint(checkpoint_path, map_location)
-        arguments = read_training(read_checkpoint(checkpoint_path)["ldlm"])
+        checkpoint = read_checkpoint(checkpoint_path)
+        model = restored(LDLM, checkpoint, str(checkpoint_path)).to(map_location).eval()
+        # What may change is for the user alone to say.
+        arguments = read_training(checkpoint["ldlm"]) | {"model": model, "allow_changes": ()}
         try:
-            return cls(model, **{name: build(value, (Objective, *PARTS)) for name, value in arguments.items()})
-        except TypeError as error:  # untrusted arguments
-            raise ValueError(f"{checkpoint_path} does not say how its model was trained ({error})") from error
+            return make(cls, arguments, KINDS)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint_path} does not say how its model was trained: {brief(error, 400)}"
+            ) from error
 
     def _ema(self) -> EMA | None:
         callbacks: list[L.Callback] = self.trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]

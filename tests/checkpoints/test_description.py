@@ -7,12 +7,12 @@ import zipfile
 
 import pytest
 import torch
-from helpers.tiny import FixedTokenEncoder, make_model, make_tokenizer
+from helpers.tiny import FixedTokenEncoder, make_model, make_task, make_tokenizer
 from torch import nn
 
 import ldlm
 from ldlm.checkpoints import description as checkpoints
-from ldlm.checkpoints.description import PARTS, build, describe, read_json
+from ldlm.checkpoints.description import PARTS, build, describe, describe_model, read_json
 from ldlm.checkpoints.pretrained import check_weights, read_checkpoint
 from ldlm.diffusion.grids import AdaptedGrid, LogSNRGrid, MixedGrid, UniformGrid
 from ldlm.diffusion.samplers import DDIM, Ancestral, DPMSolver2M, EulerMaruyama
@@ -228,7 +228,7 @@ class Malicious:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_checkpoint_that_would_run_something_is_refused_unrun(tmp_path, zipped):
     marker, file = tmp_path / "was_run", tmp_path / "bad.ckpt"
-    content = {"ldlm": {"format": 1}, "state_dict": Malicious(marker)}
+    content = {"ldlm": {"format": 2}, "state_dict": Malicious(marker)}
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"bad\.ckpt (could not be read|is truncated or not a checkpoint)"):
         read_checkpoint(file)
@@ -238,14 +238,14 @@ def test_a_checkpoint_that_would_run_something_is_refused_unrun(tmp_path, zipped
 
 
 def good_checkpoint(file):
-    torch.save({"ldlm": {"format": 1, "model": {"init_args": {}}}, "state_dict": {"x": torch.ones(9)}}, file)
+    torch.save({"ldlm": {"format": 2, "model": {"init_args": {}}}, "state_dict": {"x": torch.ones(9)}}, file)
     return file
 
 
 def test_a_whole_checkpoint_is_read_as_it_was_written(tmp_path):
     content = read_checkpoint(good_checkpoint(tmp_path / "good.ckpt"))
     assert torch.equal(content["state_dict"]["x"], torch.ones(9))
-    assert content["ldlm"] == {"format": 1, "model": {"init_args": {}}}
+    assert content["ldlm"] == {"format": 2, "model": {"init_args": {}}}
 
 
 def test_a_missing_checkpoint_is_told_with_those_that_are_there(tmp_path):
@@ -282,7 +282,7 @@ def test_files_of_something_else_are_told_apart(tmp_path):
 def test_a_checkpoint_of_another_format_names_both(tmp_path, monkeypatch):
     file = good_checkpoint(tmp_path / "later.ckpt")
     monkeypatch.setattr(checkpoints, "FORMAT", 0)
-    with pytest.raises(ValueError, match="has format 1, and this ldlm reads 0: use the ldlm that wrote it"):
+    with pytest.raises(ValueError, match="has format 2, and this ldlm reads 0: use the ldlm that wrote it"):
         read_checkpoint(file)
 
 
@@ -337,17 +337,31 @@ def test_json_that_is_no_object_is_told(tmp_path, content, message):
 
 
 def test_a_models_description_is_plain_and_names_its_version_and_every_part():
-    about = make_model(tokenizer=make_tokenizer(), grid=MixedGrid(AdaptedGrid(), LogSNRGrid())).description()
+    about = describe_model(make_model(tokenizer=make_tokenizer(), grid=MixedGrid(AdaptedGrid(), LogSNRGrid())))
     assert about["version"] == ldlm.__version__
-    assert about["format"] == 1
+    assert about["format"] == 2
     arguments = about["model"]["init_args"]
     assert "tokenizer" not in arguments
     assert arguments["token_encoder"]["class_path"] == f"{FixedTokenEncoder.__module__}.FixedTokenEncoder"
-    assert arguments["betas"] == [0.9, 0.98]
     assert arguments["grid"]["init_args"]["second"]["class_path"] == "ldlm.LogSNRGrid"
 
 
-@pytest.mark.parametrize("content", [{"ldlm": 3, "state_dict": {}}, {"ldlm": {"format": 1}}, [1, 2]])
+def test_a_tasks_description_names_the_objective_and_every_argument_and_an_exports_neither(tmp_path):
+    task = make_task(learning_rate=2e-4, token_fraction=0.5, allow_changes=["sigma_dec"])
+    about = task.about_run()
+    assert about["model"] == describe_model(task.model)["model"]
+    assert "run" not in about  # which a Trainer stands behind
+    assert about["training"]["class_path"] == "ldlm.LDLMTask"
+    arguments = about["training"]["init_args"]
+    assert arguments["objective"]["class_path"] == "ldlm.JointObjective"
+    assert arguments["objective"]["init_args"]["token_fraction"] == 0.5
+    assert (arguments["learning_rate"], arguments["betas"], arguments["warmup_steps"]) == (2e-4, [0.9, 0.98], 0)
+    assert not {"model", "allow_changes"} & arguments.keys()
+    task.model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "ldlm.json").keys() == {"format", "version", "model", "sha256"}
+
+
+@pytest.mark.parametrize("content", [{"ldlm": 3, "state_dict": {}}, {"ldlm": {"format": 2}}, [1, 2]])
 def test_a_checkpoint_that_lacks_what_ours_have_is_of_something_else(tmp_path, content):
     torch.save(content, tmp_path / "changed.ckpt")
     with pytest.raises(ValueError, match="is of something else"):

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from helpers.saves import NEW, OLD, fit, flip, recipe, state
-from helpers.tiny import make_data, make_model, make_trainer
+from helpers.tiny import make_data, make_task, make_trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -83,7 +83,7 @@ def test_what_training_cannot_go_on_from_is_passed_over(tmp_path, content):
 def test_weights_alone_are_told_apart_from_a_state_to_go_on_from(tmp_path):
     checkpoints = ModelCheckpoint(str(tmp_path / "runs"), every_n_train_steps=2, save_weights_only=True)
     trainer = make_trainer(tmp_path, recipe(checkpoints), max_steps=2, enable_checkpointing=True)
-    trainer.fit(make_model(), make_data(tmp_path))
+    trainer.fit(make_task(), make_data(tmp_path))
     with pytest.raises(ValueError, match="holds weights alone"):
         fit(tmp_path, ckpt_path=checkpoints.best_model_path, max_steps=4)
     assert LDLM.load_from_checkpoint(checkpoints.best_model_path).sequence_length == 8
@@ -126,7 +126,7 @@ def test_a_checkpoint_behind_a_url_is_read_as_one_here_and_never_run(tmp_path, w
     flip(tmp_path / "web" / "cut.ckpt", 5000)
 
     assert fit(tmp_path, ckpt_path=f"{web}/good.ckpt", max_steps=3).global_step == 3
-    make_trainer(tmp_path, []).validate(make_model(), make_data(tmp_path), ckpt_path=f"{web}/good.ckpt", verbose=False)
+    make_trainer(tmp_path, []).validate(make_task(), make_data(tmp_path), ckpt_path=f"{web}/good.ckpt", verbose=False)
     assert LDLM.load_from_checkpoint(f"{web}/good.ckpt").sequence_length == 8
 
     for name, said in [("bad", "could not be read as a checkpoint"), ("cut", "was altered"), ("none", "be fetched")]:
@@ -134,7 +134,7 @@ def test_a_checkpoint_behind_a_url_is_read_as_one_here_and_never_run(tmp_path, w
         with pytest.raises(ValueError, match=f"{name}.ckpt .*{said}"):
             fit(tmp_path, ckpt_path=source)
         with pytest.raises(ValueError, match=said):
-            make_trainer(tmp_path, []).validate(make_model(), make_data(tmp_path), ckpt_path=source)
+            make_trainer(tmp_path, []).validate(make_task(), make_data(tmp_path), ckpt_path=source)
         with pytest.raises(ValueError, match=said):
             LDLM.load_from_checkpoint(source)
     assert not marker.exists()

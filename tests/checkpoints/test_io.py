@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.saves import NEW, OLD, fit, flip, recipe, saver, state
-from helpers.tiny import make_data, make_model, make_trainer
+from helpers.tiny import make_data, make_task, make_trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
@@ -119,7 +119,7 @@ def test_an_unmodified_trainer_saves_and_resumes_by_way_of_us(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "runs" / "last.ckpt"
     assert read(tmp_path / "runs" / "last.ckpt")["global_step"] == 6
     validation = make_trainer(tmp_path, [])
-    validation.validate(make_model(), make_data(tmp_path), ckpt_path=tmp_path / "runs" / "last.ckpt", verbose=False)
+    validation.validate(make_task(), make_data(tmp_path), ckpt_path=tmp_path / "runs" / "last.ckpt", verbose=False)
     assert type(validation.strategy.checkpoint_io) is CheckpointFiles
 
 
@@ -136,18 +136,18 @@ def test_somebodys_own_reader_and_writer_stays(tmp_path):
 
 
 def test_a_state_that_is_not_finite_never_takes_the_place_of_a_good_one(tmp_path):
-    model = make_model()
-    name = next(name for name, _ in model.named_parameters() if name.startswith("denoiser"))
+    task = make_task()
+    name = next(name for name, _ in task.model.named_parameters() if name.startswith("denoiser"))
 
     class Poison(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.global_step == 4:
-                pl_module.get_parameter(name).data.view(-1)[0] = float("inf")
+                pl_module.model.get_parameter(name).data.view(-1)[0] = float("inf")
 
     trainer = make_trainer(tmp_path, [Poison(), *recipe(saver(tmp_path))], max_steps=5, enable_checkpointing=True)
     said = rf"last\.ckpt of step 4 was not written \({name} is not finite\), and what was there stays; training goes on"
     with pytest.warns(UserWarning, match=said), pytest.raises(OSError, match="the last checkpoint of this run was not"):
-        trainer.fit(model, make_data(tmp_path))
+        trainer.fit(task, make_data(tmp_path))
     assert trainer.global_step == 5
     for file in (tmp_path / "runs").glob("*.ckpt"):
         content = read(file)
@@ -169,13 +169,13 @@ def test_averages_and_raw_weights_are_both_asked_whether_they_are_finite(tmp_pat
 
 
 def test_a_model_that_could_never_be_saved_is_refused_before_training(tmp_path):
-    model = make_model()
-    model.denoiser.register_buffer("mask", torch.full((2,), -float("inf")))
+    task = make_task()
+    task.model.denoiser.register_buffer("mask", torch.full((2,), -float("inf")))
     with pytest.raises(ValueError, match=r"denoiser\.mask is not finite before training.*persistent=False"):
-        fit(tmp_path, model)
-    model = make_model()
-    model.denoiser.register_buffer("mask", torch.full((2,), -float("inf")), persistent=False)
-    fit(tmp_path, model, max_steps=1)
+        fit(tmp_path, task)
+    task = make_task()
+    task.model.denoiser.register_buffer("mask", torch.full((2,), -float("inf")), persistent=False)
+    fit(tmp_path, task, max_steps=1)
 
 
 def full_disk(monkeypatch, full: list[bool], after: int = 3000) -> None:
@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path)
     (tmp_path / "file").write_text("in the way")
     trainer = make_trainer(tmp_path, recipe(saver(tmp_path / "file")), enable_checkpointing=True)
     with pytest.raises(ValueError, match=r"checkpoints cannot be written to .*runs \(.*dirpath"):
-        trainer.fit(make_model(), make_data(tmp_path))
+        trainer.fit(make_task(), make_data(tmp_path))
     assert trainer.global_step == 0
 
 

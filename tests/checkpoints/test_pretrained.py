@@ -6,32 +6,42 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import LENGTH, VOCAB, make_data, make_model, make_pretrained, make_tokenizer, make_trainer, rows
+from helpers.tiny import (
+    LENGTH,
+    VOCAB,
+    make_data,
+    make_model,
+    make_pretrained,
+    make_task,
+    make_tokenizer,
+    make_trainer,
+    rows,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
+from ldlm.checkpoints.description import describe_model
 from ldlm.diffusion.grids import LogSNRGrid, MixedGrid, UniformGrid
 from ldlm.diffusion.samplers import DPMSolver2M
 from ldlm.diffusion.schedules import CosineSchedule
 from ldlm.model import LDLM
 from ldlm.nn.token_encoders import PretrainedTokenEncoder
 from ldlm.training.callbacks.ema import EMA
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.task import LDLMTask
 
 
-def trained(folder: Path, steps: int = 2, more=(), **changes) -> LDLM:
-    model = make_model(tokenizer=make_tokenizer(), **changes)
-    callbacks = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(1), EMA(), *more]
-    make_trainer(folder, callbacks, max_steps=steps, enable_checkpointing=bool(more)).fit(model, make_data(folder))
-    return model
+def trained(folder: Path, steps: int = 2, more=(), **changes) -> LDLMTask:
+    task = make_task(tokenizer=make_tokenizer(), warmup_steps=4, timestep_refresh=1, **changes)
+    trainer = make_trainer(folder, [EMA(), *more], max_steps=steps, enable_checkpointing=bool(more))
+    trainer.fit(task, make_data(folder))
+    return task
 
 
 def assert_same_model(first: LDLM, second: LDLM) -> None:
     one, other = first.state_dict(), second.state_dict()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert first.description() == second.description()
+    assert describe_model(first) == describe_model(second)
     for temperature in (0.0, 1.0):
         arguments = {"nfe": 5, "seed": 3, "batch_size": 4, "temperature": temperature}
         assert torch.equal(first.sample_tokens(6, **arguments), second.sample_tokens(6, **arguments))
@@ -44,9 +54,9 @@ CHANGES = {"sampler": DPMSolver2M(1.0), "grid": GRID, "seed": 5, "sigma_dec": 2,
 
 
 def test_a_trainers_checkpoint_is_the_model(tmp_path):
-    model = trained(tmp_path, **CHANGES)
-    model.trainer.save_checkpoint(tmp_path / "model.ckpt")
-    loaded = LDLM.load_from_checkpoint(tmp_path / "model.ckpt")
+    task = trained(tmp_path, **CHANGES)
+    task.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    model, loaded = task.model, LDLM.load_from_checkpoint(tmp_path / "model.ckpt")
     assert_same_model(model.eval(), loaded)
     assert not loaded.training
     assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
@@ -55,7 +65,7 @@ def test_a_trainers_checkpoint_is_the_model(tmp_path):
 
 
 def test_an_exported_folder_is_the_model(tmp_path):
-    model = trained(tmp_path, **CHANGES)
+    model = trained(tmp_path, **CHANGES).model
     model.save_pretrained(tmp_path / "export")
     assert_same_model(model.eval(), LDLM.from_pretrained(tmp_path / "export"))
     names = {path.name for path in (tmp_path / "export").iterdir()}
@@ -69,10 +79,10 @@ def test_an_exported_folder_is_the_model(tmp_path):
 
 
 def test_an_export_of_a_loaded_checkpoint_is_the_model_again(tmp_path):
-    model = trained(tmp_path)
-    model.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    task = trained(tmp_path)
+    task.trainer.save_checkpoint(tmp_path / "model.ckpt")
     LDLM.load_from_checkpoint(tmp_path / "model.ckpt").save_pretrained(tmp_path / "export")
-    assert_same_model(model.eval(), LDLM.from_pretrained(tmp_path / "export"))
+    assert_same_model(task.model.eval(), LDLM.from_pretrained(tmp_path / "export"))
 
 
 def test_a_model_without_a_tokenizer_is_saved_without_one(tmp_path):
@@ -86,8 +96,7 @@ def test_a_model_without_a_tokenizer_is_saved_without_one(tmp_path):
 def test_a_checkpoint_has_neither_frozen_weights_nor_paths_and_loads_as_weights_only(tmp_path):
     make_pretrained("bert", tmp_path / "secret" / "encoder")
     encoder = PretrainedTokenEncoder(str(tmp_path / "secret" / "encoder"), layer=2)
-    model = trained(tmp_path, token_encoder=encoder)
-    model.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    trained(tmp_path, token_encoder=encoder).trainer.save_checkpoint(tmp_path / "model.ckpt")
     saved = torch.load(tmp_path / "model.ckpt", weights_only=True)
     table = encoder.embeddings()
     tensors = [t for part in ("state_dict", "raw_parameters") for t in saved[part].values()]
@@ -102,8 +111,9 @@ def test_a_checkpoint_has_neither_frozen_weights_nor_paths_and_loads_as_weights_
 
 def test_a_model_generates_after_the_encoders_files_are_gone_and_says_what_encoding_needs(tmp_path):
     make_pretrained("bert", tmp_path / "encoder")
-    model = trained(tmp_path, token_encoder=PretrainedTokenEncoder(str(tmp_path / "encoder"), layer=-2))
-    model.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    task = trained(tmp_path, token_encoder=PretrainedTokenEncoder(str(tmp_path / "encoder"), layer=-2))
+    task.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    model = task.model
     model.save_pretrained(tmp_path / "export")
     want = model.eval().generate(5, nfe=6)
     latents = model.encode(rows(2))
@@ -122,7 +132,7 @@ def test_each_checkpoint_of_a_run_loads_as_the_average_of_its_own_step(tmp_path)
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_last=True, save_top_k=-1)
     trained(tmp_path, steps=5, more=[keep])
     two, four, last = (LDLM.load_from_checkpoint(tmp_path / f"{name}.ckpt") for name in ("step=2", "step=4", "last"))
-    short = trained(tmp_path, steps=2)
+    short = trained(tmp_path, steps=2).model
     assert torch.equal(two.token_decoder.head.weight, short.token_decoder.head.weight)
     assert torch.equal(last.token_decoder.head.weight, four.token_decoder.head.weight)
     assert not torch.equal(two.token_decoder.head.weight, four.token_decoder.head.weight)
@@ -161,7 +171,7 @@ def test_a_checkpoint_of_another_library_is_refused(tmp_path):
 
 def test_an_export_that_fails_leaves_no_half_written_weights(tmp_path, monkeypatch):
     model = make_model()
-    monkeypatch.setattr("ldlm.storage.save", lambda *_: 1 / 0)
+    monkeypatch.setattr("ldlm.checkpoints.pretrained.save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())

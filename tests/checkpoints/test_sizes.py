@@ -28,6 +28,7 @@ from helpers.tiny import (
     make_home,
     make_model,
     make_pretrained,
+    make_task,
     make_tokenizer,
     make_trainer,
     rows,
@@ -95,7 +96,7 @@ def test_a_tensor_of_a_checkpoint_is_as_large_as_its_shape_says(saved, tmp_path,
     lie = make(3_000_000_000 if make is repeated else 30_000)
     content[place] = {
         "tokenizer": {**content["tokenizer"], "tokenizer.json": lie},
-        "state_dict": {**content["state_dict"], "gamma": lie},
+        "state_dict": {**content["state_dict"], "token_encoder.mean": lie},
         "raw_parameters": {"denoiser.input.weight": lie},
         "optimizer_states": [{"state": {0: {"exp_avg": lie}}, "param_groups": []}],
         "callbacks": {"Somebody": {"state": (1, [lie])}},
@@ -213,7 +214,7 @@ class Pyramid(EmbeddingTokenEncoder):
 def test_a_part_of_ones_own_that_computes_in_its_constructor_loads_with_all_its_numbers(tmp_path):
     model = make_model(token_encoder=Pyramid())
     trainer = make_trainer(tmp_path, [])
-    trainer.strategy.connect(model)
+    trainer.strategy.connect(make_task(model=model))
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     before = torch.random.get_rng_state()
     again = LDLM.load_from_checkpoint(tmp_path / "own.ckpt")
@@ -249,7 +250,7 @@ def bomb(leaf: object, levels: int = 40) -> list:
     return leaf
 
 
-@pytest.mark.parametrize("place", ["argument", "part", "version", "model"])
+@pytest.mark.parametrize("place", ["argument", "part", "training", "version", "model"])
 @pytest.mark.parametrize("kind", ["values", "letters", "itself"])
 def test_references_to_references_in_a_description_are_not_followed_for_ever(saved, tmp_path, place, kind):
     content = read_checkpoint(saved / "whole.ckpt")
@@ -259,9 +260,11 @@ def test_references_to_references_in_a_description_are_not_followed_for_ever(sav
         evil.append(evil)
     model = content["ldlm"]["model"]
     if place == "argument":
-        model["init_args"]["learning_rate"] = evil
+        model["init_args"]["sigma_dec"] = evil
     elif place == "part":
         model["init_args"]["schedule"]["init_args"]["d"] = evil
+    elif place == "training":
+        content["ldlm"]["training"]["init_args"]["objective"]["init_args"]["token_weight"] = evil
     elif place == "version":
         content["ldlm"]["version"] = evil
     else:

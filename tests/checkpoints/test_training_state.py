@@ -11,19 +11,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import make_data, make_model, make_tokenizer, make_trainer
+from helpers.tiny import make_data, make_task, make_tokenizer, make_trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.plugins import MixedPrecision
 
 from ldlm.checkpoints.integrity import digest_file, write
 from ldlm.checkpoints.io import CheckpointFiles
 from ldlm.checkpoints.resume import last_checkpoint
-from ldlm.model import LDLM
 from ldlm.training.callbacks.ema import EMA
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.visualisation import SaveAtEnd
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 from ldlm.training.preemption import path_of_last
+from ldlm.training.task import LDLMTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,13 +40,16 @@ def callbacks(run: Path, **changes: Any) -> list[L.Callback]:
     arguments = {"every_n_train_steps": 1, "save_last": True, "save_top_k": 1, "monitor": "step", "mode": "max"}
     keep = ModelCheckpoint(run, filename="{step}", **(arguments | changes))
     stop = EarlyStopping("validation/diffusion", patience=100, check_on_train_epoch_end=False)
-    recipe = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2), EMA()]
-    return [*recipe, SaveAtEnd(), keep, stop, Timer(duration={"hours": 1}), Counts()]
+    return [EMA(), SaveAtEnd(), keep, stop, Timer(duration={"hours": 1}), Counts()]
+
+
+def task() -> LDLMTask:
+    return make_task(tokenizer=make_tokenizer(), warmup_steps=4, timestep_refresh=2)
 
 
 def train(run: Path, steps: int, resume: str | None = None, **changes: Any) -> L.Trainer:
     trainer = make_trainer(run, callbacks(run, **changes), max_steps=steps, enable_checkpointing=True)
-    trainer.fit(make_model(tokenizer=make_tokenizer()), make_data(run.parent), ckpt_path=resume)
+    trainer.fit(task(), make_data(run.parent), ckpt_path=resume)
     return trainer
 
 
@@ -162,7 +163,7 @@ def test_the_same_holds_however_the_checkpoint_is_found(made, place, how, monkey
 def test_a_signal_and_the_end_of_a_run_write_to_the_runs_folder_only(made, place):
     bad = hostile(made, place, lambda content: point_to(content, str(place / "outside" / "diary.txt")))
     trainer = make_trainer(place / "run", callbacks(place / "run"), max_steps=2, enable_checkpointing=True)
-    trainer.fit(make_model(tokenizer=make_tokenizer()), make_data(place), ckpt_path=bad)  # no step is left to do
+    trainer.fit(task(), make_data(place), ckpt_path=bad)  # no step is left to do
     assert path_of_last(trainer) == str(place / "run" / "last.ckpt")
     assert (place / "outside" / "diary.txt").read_text() == "diary.txt"
 
@@ -366,9 +367,8 @@ def test_a_malformed_state_is_refused_in_a_sentence_before_the_first_step(made, 
 def test_a_loss_scalers_state_that_would_turn_or_stop_training_is_refused(tmp_path):
     def run(steps: int, resume: Path | None = None) -> L.Trainer:
         half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # the Trainer alone refuses it on a CPU
-        recipe = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(2)]
-        trainer = make_trainer(tmp_path, recipe, max_steps=steps, plugins=[half])
-        trainer.fit(make_model(tokenizer=make_tokenizer()), make_data(tmp_path), ckpt_path=resume)
+        trainer = make_trainer(tmp_path, [], max_steps=steps, plugins=[half])
+        trainer.fit(task(), make_data(tmp_path), ckpt_path=resume)
         return trainer
 
     whole = tmp_path / "run" / "whole.ckpt"
@@ -387,7 +387,7 @@ def test_validating_refuses_malformed_states_too(made, place, name):
     bad = hostile(made, place, MALFORMED.get(name, whole))
     trainer = make_trainer(place / "run", callbacks(place / "run"), enable_checkpointing=True)
     with pytest.raises(ValueError, match="training cannot go on from this checkpoint") as caught:
-        trainer.validate(make_model(tokenizer=make_tokenizer()), make_data(place), ckpt_path=bad, verbose=False)
+        trainer.validate(task(), make_data(place), ckpt_path=bad, verbose=False)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -405,4 +405,4 @@ def test_a_whole_state_is_restored_as_lightning_does(made, place):
     assert next(c for c in trainer.callbacks if isinstance(c, Timer)).time_elapsed() > 0
     assert trainer.global_step == 3
     assert os.listdir(place / "outside") == before
-    assert isinstance(trainer.lightning_module, LDLM)
+    assert isinstance(trainer.lightning_module, LDLMTask)

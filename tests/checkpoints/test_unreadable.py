@@ -14,16 +14,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import FixedTokenEncoder, make_data, make_model, make_trainer, rows
+from helpers.tiny import make_data, make_model, make_task, make_trainer, rows
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from ldlm.checkpoints.integrity import damage, read
 from ldlm.checkpoints.io import unreadable
-from ldlm.model import LDLM
 from ldlm.training.callbacks.ema import EMA
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.task import LDLMTask
 
 
 class Mood(enum.Enum):
@@ -85,10 +83,10 @@ def test_the_key_and_the_type_are_named(value, told):
 
 
 def test_a_buffer_that_repeats_its_storage_is_refused_before_the_first_step(tmp_path):
-    model = make_model()
-    model.register_buffer("scale", torch.ones(1).expand(3))
+    task = make_task()
+    task.model.register_buffer("scale", torch.ones(1).expand(3))
     with pytest.raises(ValueError, match=r"state_dict\['scale'\] holds a tensor of shape \[3\] with 4 bytes.*clone it"):
-        fit(tmp_path, model=model)
+        fit(tmp_path, task=task)
 
 
 class Keeps(L.Callback):
@@ -115,13 +113,12 @@ class Adds(Keeps):
         checkpoint["mine"] = {"best": self.value}
 
 
-class WithHyperparameters(LDLM):
+class WithHyperparameters(LDLMTask):
     """A user's subclass that saves what it need not."""
 
-    def __init__(self, token_encoder, latent_encoder, denoiser, latent_decoder, token_decoder, sequence_length):
-        parts = latent_encoder, denoiser, latent_decoder, token_decoder
-        super().__init__(token_encoder, *parts, sequence_length=sequence_length, statistics_rows=8)
-        self.save_hyperparameters(ignore=["latent_encoder", "latent_decoder", "denoiser", "token_decoder"])
+    def __init__(self, model):
+        super().__init__(model, warmup_steps=4, timestep_refresh=3, statistics_rows=8)
+        self.save_hyperparameters()
 
 
 class WithState(L.LightningDataModule):
@@ -134,12 +131,13 @@ class WithState(L.LightningDataModule):
         return {"place": np.int64(3)}
 
 
-def fit(folder: Path, *more: L.Callback, data: object = None, model: LDLM | None = None, steps: int = 6) -> L.Trainer:
+def fit(
+    folder: Path, *more: L.Callback, data: object = None, task: LDLMTask | None = None, steps: int = 6
+) -> L.Trainer:
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    callbacks = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(3), EMA(), *more, keep]
-    trainer = make_trainer(folder, callbacks, max_steps=steps, enable_checkpointing=True)
-    model = make_model() if model is None else model
-    trainer.fit(model, DataLoader(rows(16), batch_size=4) if data is None else data)
+    trainer = make_trainer(folder, [EMA(), *more, keep], max_steps=steps, enable_checkpointing=True)
+    task = make_task(warmup_steps=4, timestep_refresh=3) if task is None else task
+    trainer.fit(task, DataLoader(rows(16), batch_size=4) if data is None else data)
     return trainer
 
 
@@ -157,11 +155,9 @@ def test_a_data_modules_state_is_looked_at_too(tmp_path):
 
 
 def test_hyper_parameters_that_could_not_be_read_are_refused_before_the_first_step(tmp_path):
-    made = make_model()
-    parts = made.latent_encoder, made.denoiser, made.latent_decoder, made.token_decoder
-    told = r"hyper_parameters\['token_encoder'\] is a helpers.tiny.FixedTokenEncoder.*leave parts"
+    told = r"hyper_parameters\['model'\] is a ldlm.model.LDLM.*leave the model out"
     with pytest.raises(ValueError, match=told):
-        fit(tmp_path, model=WithHyperparameters(FixedTokenEncoder(), *parts, sequence_length=8))
+        fit(tmp_path, task=WithHyperparameters(make_model()))
 
 
 def test_a_state_that_goes_bad_takes_no_files_place(tmp_path, recwarn):
@@ -187,9 +183,8 @@ def test_what_can_be_read_is_written_and_read_back(tmp_path):
 
 
 def test_a_run_that_writes_no_checkpoints_may_keep_what_it_likes(tmp_path):
-    callbacks = [DiffusionToEncoderWarmup(4), AdaptiveTimestepUpdate(3), Keeps(np.float64(1))]
-    trainer = make_trainer(tmp_path, callbacks, max_steps=2)
-    trainer.fit(make_model(), DataLoader(rows(16), batch_size=4))
+    trainer = make_trainer(tmp_path, [Keeps(np.float64(1))], max_steps=2)
+    trainer.fit(make_task(warmup_steps=4, timestep_refresh=3), DataLoader(rows(16), batch_size=4))
     with pytest.raises(OSError, match=r"is a numpy\.float64"):  # until it is asked to write one
         trainer.save_checkpoint(tmp_path / "asked.ckpt")
     assert not (tmp_path / "asked.ckpt").exists()

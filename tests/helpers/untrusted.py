@@ -1,6 +1,8 @@
 """Files that are not to be believed: altered by a bit, refused in a sentence, compared when they are read."""
 
 import random
+import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from ldlm.checkpoints.io import CheckpointFiles
 from ldlm.checkpoints.pretrained import read_checkpoint
 from ldlm.model import LDLM
+from ldlm.training.task import LDLMTask
 
 
 def one_sentence(error: BaseException) -> None:
@@ -33,7 +36,7 @@ def same(one: object, other: object) -> bool:
     return type(one) is type(other) and one == other
 
 
-LOADERS = [LDLM.load_from_checkpoint, read_checkpoint, CheckpointFiles().load_checkpoint]
+LOADERS = [LDLM.load_from_checkpoint, LDLMTask.load_from_checkpoint, read_checkpoint, CheckpointFiles().load_checkpoint]
 
 
 def refused(path: Path, loader) -> bool:
@@ -45,3 +48,22 @@ def refused(path: Path, loader) -> bool:
     one_sentence(refusal)
     assert path.name in str(refusal)
     return True
+
+
+def nested(depth: int, kind: type) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+def save_deep(content: object, path: Path) -> None:
+    """`torch.save` with room for what nests deeper than the interpreter goes by itself."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10**6)
+    size = threading.stack_size(2**29)
+    thread = threading.Thread(target=torch.save, args=(content, path))
+    thread.start()
+    thread.join()
+    threading.stack_size(size)
+    sys.setrecursionlimit(limit)

@@ -6,7 +6,6 @@ import pickle
 import random
 import shutil
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from helpers.command import complaint
 from helpers.tiny import make_tokenizer
-from helpers.untrusted import LOADERS, flipped, one_sentence, refused
+from helpers.untrusted import LOADERS, flipped, nested, one_sentence, refused, save_deep
 
 from ldlm.checkpoints.description import build
 from ldlm.checkpoints.pretrained import read_checkpoint
@@ -76,25 +75,6 @@ def test_archives_that_unfold_and_pickles_that_make_no_sense_are_refused(tmp_pat
     for case in range(300):
         zipped(path, dice.randbytes(dice.randrange(200)) if case % 3 == 0 else flipped(dice, flipped(dice, start)))
         assert refused(path, read_checkpoint)
-
-
-def nested(depth: int, kind: type) -> object:
-    value: object = 1
-    for _ in range(depth):
-        value = [value] if kind is list else {"a": value}
-    return value
-
-
-def save_deep(content: object, path: Path) -> None:
-    """`torch.save` with room for what nests deeper than the interpreter goes by itself."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(10**6)
-    size = threading.stack_size(2**29)
-    thread = threading.Thread(target=torch.save, args=(content, path))
-    thread.start()
-    thread.join()
-    threading.stack_size(size)
-    sys.setrecursionlimit(limit)
 
 
 PART = "ldlm.UniformGrid"
@@ -167,7 +147,9 @@ def test_a_description_that_says_more_than_a_model_is_refused_in_a_sentence(save
         ("token_encoder", 3),
         ("denoiser", None),
         ("sigma_dec", "a"),
-        ("learning_rate", []),
+        ("self_conditioning", []),
+        ("sequence_length", "8"),
+        ("sigma_dec", 10**400),
         ("tokenizer", "gpt2"),
         ("no_such_argument", 1),
         ("__class__", 1),

@@ -14,7 +14,7 @@ from helpers.tiny import make_home
 from helpers.untrusted import one_sentence
 
 from ldlm.cli import main as cli
-from ldlm.cli.fit import LDLMCLI
+from ldlm.cli.fit import Fit
 from ldlm.presets import CONFIGS, recipe_file
 from ldlm.recipes import checked
 
@@ -91,7 +91,7 @@ def test_what_yaml_allows_and_does_no_harm_is_read(tmp_path, monkeypatch):
     def stop(_):
         raise Parsed
 
-    monkeypatch.setattr(LDLMCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(Fit, "instantiate_classes", stop)
     for content in (GOOD, f"\ufeff{GOOD}", GOOD.replace("\n", "\r\n"), f"# ש 👩‍👧\n{GOOD}", f"---\n{GOOD}...\n"):
         (tmp_path / "good.yaml").write_text(content, newline="")
         with pytest.raises(Parsed):
@@ -156,7 +156,7 @@ def test_mutated_recipes_are_refused_in_a_sentence_or_read(tmp_path, monkeypatch
         raise Parsed
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(LDLMCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(Fit, "instantiate_classes", stop)
     told, read = mutations(12, 0, tmp_path, capsys)
     assert told + read == 12
 
