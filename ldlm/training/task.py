@@ -441,13 +441,13 @@ class LDLMTask(Task):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu") -> Self:  # type: ignore[override]
-        """The task of a checkpoint: its model as `LDLM.load_from_checkpoint` gives it, its objective, its arguments.
+        """The task of a checkpoint: its model, with EMA weights if it has some, its objective and its arguments.
 
         Raises:
-            ValueError: As there; also if the objective's class is not imported.
+            ValueError: As `LDLM.load_from_checkpoint`; also if the objective's class is not imported.
         """
         checkpoint = read_checkpoint(checkpoint_path)
-        model = restored(LDLM, checkpoint, str(checkpoint_path)).to(map_location).eval()
+        model = restored(LDLM, checkpoint, str(checkpoint_path)).to(map_location)
         # What may change is for the user alone to say.
         arguments = read_training(checkpoint["ldlm"]) | {"model": model, "allow_changes": ()}
         try:
