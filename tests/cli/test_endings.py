@@ -145,7 +145,8 @@ def test_lightnings_verbs_pass_an_error_of_the_system_on_with_its_file(tmp_path,
     def fails(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "out.json")
 
-    monkeypatch.setattr("ldlm.cli.fit.Stored.__init__", fails)
+    for name in ("Fit", "FitDecoder", "Stored"):
+        monkeypatch.setattr(f"ldlm.cli.fit.{name}.__init__", fails)
     monkeypatch.setattr("ldlm.cli.fit.read_checkpoint", lambda _: {})
     for verb in cli.LIGHTNING:
         assert complaint(capsys, verb, "--ckpt_path", "x.ckpt") == "ldlm: out.json: No space left on device"

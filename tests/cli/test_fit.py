@@ -1,4 +1,4 @@
-"""`--ckpt_path last` finds the run that saved last and goes on in its folder; own objectives and decoders are fitted."""
+"""`--ckpt_path last` finds the run that saved last and goes on in its folder; own objectives and decoders fit."""
 
 import copy
 import os

@@ -249,7 +249,7 @@ def test_a_study_tells_of_a_failure_so_that_nothing_in_it_acts(tmp_path, monkeyp
 def test_predict_says_where_its_file_is_whatever_the_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(tmp_path, [ReconstructionWriter(f"{NAME}.jsonl")])
-    trainer.predict(make_model(tokenizer=make_tokenizer()), make_data(tmp_path))
+    trainer.predict(make_task(tokenizer=make_tokenizer()), make_data(tmp_path))
     said = capsys.readouterr().err
     assert "[/INST]" in said
     assert acts(said) == []
