@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import torch.utils.tensorboard  # looks for a tensorflow, which is not to be the current folder's: see `NamedModules`
 import transformers
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
