@@ -198,6 +198,7 @@ def measure(task: LDLMTask, trainer: L.Trainer, data: PackedTextDataModule, opti
         waited = [sum(waits[end - turns.calls : end]) for end in ends]
         measures["data_ms_per_step"] = spread(waited, 1e3 / steps)
         measures["data_share"] = quotients(waited, seconds["data"])
+    used: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # with those that the task brought
     settings = {
         "rows_per_call": options.batch_size,
         "calls_per_step": micro_steps,
@@ -206,6 +207,6 @@ def measure(task: LDLMTask, trainer: L.Trainer, data: PackedTextDataModule, opti
         "steps": steps,
         "repeats": repeats,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "callbacks": [type(one).__name__ for one in callbacks if one is not turns],
+        "callbacks": [type(one).__name__ for one in used if one is not turns],
     }
     return {"measures": measures, "settings": settings, "surroundings": surroundings(device)}

@@ -62,11 +62,21 @@ def explain(message: str, options: list[str], classes: list[str]) -> str:
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     option = f"--{key[1]}: " if key else ""
     if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", message):
-        return f"there is no option {found[1]}{nearest(found[1], options)}"
+        return f"there is no option {found[1]}{known_option(found[1], options)}"
+    if found := re.search(r"(Group|Subcommand) '([\w.]+)' does not accept option '([\w.]+)'", message):  # in a recipe
+        name = f"--{found[2]}.{found[3]}" if found[1] == "Group" else f"--{found[3]}"
+        return f"there is no option {name}{known_option(name, options)}"
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        leaves = sorted({option.lstrip("-").rpartition(".")[2] for option in options})
-        return f"{option}there is no option {found[1]!r}{nearest(found[1].rpartition('.')[2], leaves)}"
+        names = sorted({name.lstrip("-") for name in options})
+        if "." not in found[1]:
+            names = sorted({name.rpartition(".")[2] for name in names})
+        return f"{option}there is no option {found[1]!r}{known_option(found[1], names)}"
+    if found := re.search(r"Expected an instantiatable class, but ([\w.]+) is abstract", message):
+        how = f", as in --{key[1]} CLASS" if key else ""
+        return f"{option}{found[1]} is abstract: name a class of that kind first{how}"
     if found := re.search(r"(?:dot import path string: |given class_path ')([\w.]+)", message):
+        if found[1] in classes:
+            return f"{option}{found[1]} is a class of another kind"
         hint = nearest(found[1].rpartition(".")[2], classes)
         return f"{option}there is no class {found[1]!r}; give module.Class, the module in the current folder{hint}"
     # A union lists what each of its types objects to; what None objects to helps nobody.
@@ -74,6 +84,12 @@ def explain(message: str, options: list[str], classes: list[str]) -> str:
     lines = [line.strip(" -") for line in (errors if union else message).splitlines()]
     kept = [line for line in lines if line and not line.startswith(("Expected a <class 'NoneType'>", "Given value"))]
     return f"{option if union else ''}{' '.join(kept)}"
+
+
+def known_option(name: str, options: list[str]) -> str:
+    """A hint at the one option that has the same last name elsewhere, or at the option most like it."""
+    same = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"; did you mean {same[0]!r}?" if len(same) == 1 else nearest(name, options)
 
 
 def value_of(option: str, words: list[str]) -> str | None:

@@ -15,11 +15,15 @@ import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
+from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import torch.utils.tensorboard  # looks for a tensorflow, which is not to be the current folder's: see `NamedModules`
 import transformers
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
@@ -35,7 +39,7 @@ from ldlm.cli.modules import IMPORTED, NamedModules
 from ldlm.data.datamodule import PackedTextDataModule, check_detokenizer
 from ldlm.model import LDLM
 from ldlm.nn.token_encoders import FrozenTokenEncoder
-from ldlm.objective import TokenObjective
+from ldlm.objective import JointObjective, TokenObjective
 from ldlm.presets import recipe_file
 from ldlm.recipes import check
 from ldlm.tokenizer import load_tokenizer, name_tokenizer, tokenizer_digest
@@ -81,7 +85,15 @@ class ShortErrors(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2."""
-        fail(explain(message, [option for action in self._actions for option in action.option_strings], CLASSES))
+        # What a recipe says is read by the parser above those of Lightning's commands, which know the options.
+        below = [action.choices.values() for action in self._actions if isinstance(action.choices, Mapping)]
+        actions = [action for parser in (self, *chain(*below)) for action in parser._actions]
+        options = dict.fromkeys(option for action in actions for option in action.option_strings)
+        if "--training.objective" in options:
+            options |= dict.fromkeys(
+                f"--training.objective.init_args.{name}" for name in signature(JointObjective).parameters
+            )
+        fail(explain(message, [*options], CLASSES))
 
 
 class Command(LightningCLI):

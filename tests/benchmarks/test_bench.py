@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import complaint
-from helpers.tiny import LENGTH, TimeOnlyDenoiser, generator, make_data, make_model, make_tokenizer, make_trainer, rows
+from helpers.tiny import (
+    LENGTH,
+    TimeOnlyDenoiser,
+    generator,
+    make_data,
+    make_model,
+    make_task,
+    make_tokenizer,
+    make_trainer,
+    rows,
+)
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
@@ -34,8 +44,7 @@ from ldlm.benchmarks.training import WARMUP, Turns, measure
 from ldlm.cli import main as cli
 from ldlm.data.corpus import FileCorpus
 from ldlm.nn.denoiser import DiT
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.objective import JointObjective
 
 CPU = torch.device("cpu")
 SMALL = ["--sequence_length", "8", "--width", "16", "--layers", "1", "--heads", "2", "--batch_size", "2", "--nfe", "3"]
@@ -74,8 +83,8 @@ def test_attention_and_its_gradient_take_seven_products_and_others_what_torch_co
 def test_a_first_estimate_without_gradients_counts_as_a_call_for_half_the_rows():
     def step(share):
         model = make_model(self_conditioning=share)
-        model.gamma = torch.ones(())
-        return count_flops(lambda: model.losses(rows(4), generator(), torch.full((4,), 0.5)).total.backward())
+        u, objective = torch.full((4,), 0.5), JointObjective()
+        return count_flops(lambda: objective(model, rows(4), u, torch.ones(()), generator()).total.backward())
 
     model = make_model()
     z, t = torch.randn(2, LENGTH, model.denoiser.latent_size), torch.full((2,), 0.5)
@@ -263,12 +272,11 @@ class Bare(L.Callback):
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_trainer_and_the_bare_loop_take_turns_at_the_same_work(tmp_path, accumulated):
-    model, counted = make_model(), Bare()
-    callbacks = [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2), counted]
+    task, counted = make_task(timestep_refresh=2), Bare()
     limits = {"max_steps": WARMUP + 2 * 3, "accumulate_grad_batches": accumulated, "gradient_clip_val": 1.0}
-    trainer = make_trainer(tmp_path, callbacks, **limits)
+    trainer = make_trainer(tmp_path, [counted], **limits)
     options = Namespace(batch_size=4, steps=3, repeats=2, data=True, clock=time.process_time)
-    found = measure(model, trainer, make_data(tmp_path, batch_size=4), options)
+    found = measure(task, trainer, make_data(tmp_path, batch_size=4), options)
     of, settings = found["measures"], found["settings"]
     assert trainer.global_step == WARMUP + 2 * 3
     assert len(counted.flops) == accumulated * trainer.global_step
@@ -294,12 +302,9 @@ def test_a_turn_is_of_so_many_calls_and_the_loops_follow_it(tmp_path):
     turns = Turns(
         {"one": lambda n: events.append(("one", n)), "two": lambda n: events.append(("two", n))}, 3, 2, CPU, Clock()
     )
-    trainer = make_trainer(
-        tmp_path, [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(9), Tell(), turns], max_steps=8
-    )
-    trainer.fit(
-        make_model(), train_dataloaders=torch.utils.data.DataLoader(rows(32).view(8, 4, LENGTH), batch_size=None)
-    )
+    trainer = make_trainer(tmp_path, [Tell(), turns], max_steps=8)
+    loader = torch.utils.data.DataLoader(rows(32).view(8, 4, LENGTH), batch_size=None)
+    trainer.fit(make_task(timestep_refresh=9), train_dataloaders=loader)
     first = ["call"] * 2 + [("one", 2), ("two", 2)]
     assert events == first + 2 * (["call"] * 3 + [("one", 3), ("two", 3)])
     assert [len(laps) for laps in turns.seconds.values()] == [3, 3, 3]

@@ -18,6 +18,7 @@ import yaml
 from helpers.recipe import RECIPE
 from helpers.tiny import HIDDEN, VOCAB, make_home, make_model, make_scorer_folder, make_tokenizer
 
+from ldlm.checkpoints.description import describe_model
 from ldlm.checkpoints.integrity import write
 from ldlm.cli import main as cli
 from ldlm.nn.token_encoders import EmbeddingTokenEncoder
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
     model = make_model(token_encoder=EmbeddingTokenEncoder(HIDDEN, VOCAB), tokenizer=make_tokenizer())
     model.save_pretrained(here)
     make_scorer_folder(here / "scorer")
-    content = {"state_dict": model.state_dict(), "ldlm": model.description()}
+    content = {"state_dict": model.state_dict(), "ldlm": describe_model(model)}
     write(content, here / "model.ckpt")
     recipe = RECIPE | {"trainer": RECIPE["trainer"] | {"max_steps": 1}}
     (here / "tiny.yaml").write_text(yaml.safe_dump(recipe))
@@ -212,7 +213,8 @@ STAGE = [
     "--trainer.max_steps",
     "1",
 ]
-FIXED = ["fit", "--config", "tiny.yaml", "--model.reconstruction_weight", "0", "--model.token_weight", "0"]
+FIXED = ["fit", "--config", "tiny.yaml", "--training.objective", "JointObjective"]
+FIXED += [f"--training.objective.init_args.{loss}_weight=0" for loss in ("reconstruction", "token")]
 COMMANDS = {
     "fit": RESUMED,
     "a recipe": ["fit", "--config", "resume.yaml"],
@@ -220,7 +222,7 @@ COMMANDS = {
     "test": ["test", "--config", "tiny.yaml", "--ckpt_path", "gift.ckpt"],
     "predict": ["predict", "--config", "tiny.yaml", "--ckpt_path", "gift.ckpt"],
     "fit-decoder": [*STAGE, "--stage.checkpoint", "gift.ckpt"],
-    "latents": [*FIXED, "--warmup.steps", "0", "--latents", "gift.ckpt"],
+    "latents": [*FIXED, "--training.warmup_steps", "0", "--latents", "gift.ckpt"],
     "generate": ["generate", "gift.ckpt", "-n", "1", "--nfe", "1"],
     "export": ["export", "gift.ckpt", "out"],
 }
@@ -243,6 +245,6 @@ def test_a_checkpoints_hyperparameters_are_no_options(home, monkeypatch, command
     assert not Path("was_run").exists()
     assert "gift" not in sys.modules
     for path in {*Path("runs").rglob("last.ckpt")} - runs:
-        described = torch.load(path, weights_only=True)["ldlm"]["model"]["init_args"]
-        assert described["learning_rate"] == 3e-4
-        assert described["token_encoder"]["class_path"].endswith("PretrainedTokenEncoder")
+        described = torch.load(path, weights_only=True)["ldlm"]
+        assert described["training"]["init_args"]["learning_rate"] == 3e-4
+        assert described["model"]["init_args"]["token_encoder"]["class_path"].endswith("PretrainedTokenEncoder")

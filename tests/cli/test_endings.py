@@ -11,18 +11,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 from helpers import ROOT
 from helpers.command import complaint
-from helpers.tiny import make_data, make_home, make_model, make_tokenizer, make_trainer
+from helpers.tiny import make_data, make_home, make_model, make_task, make_tokenizer, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ldlm._files import exit_on_signal
 from ldlm.checkpoints.integrity import read
 from ldlm.cli import main as cli
 from ldlm.model import LDLM
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 VERBS = [*cli.OURS, *cli.LIGHTNING]
 
@@ -146,7 +145,8 @@ def test_lightnings_verbs_pass_an_error_of_the_system_on_with_its_file(tmp_path,
     def fails(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "out.json")
 
-    monkeypatch.setattr("ldlm.cli.fit.LDLMCLI.__init__", fails)
+    for name in ("Fit", "FitDecoder", "Stored"):
+        monkeypatch.setattr(f"ldlm.cli.fit.{name}.__init__", fails)
     monkeypatch.setattr("ldlm.cli.fit.read_checkpoint", lambda _: {})
     for verb in cli.LIGHTNING:
         assert complaint(capsys, verb, "--ckpt_path", "x.ckpt") == "ldlm: out.json: No space left on device"
@@ -189,9 +189,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     make_home(folder)
     make_model(tokenizer=make_tokenizer()).save_pretrained(folder / "model")
-    model = make_model(tokenizer=make_tokenizer())
-    trainer = make_trainer(folder, [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2)], max_steps=1)
-    trainer.fit(model, make_data(folder))
+    trainer = make_trainer(folder, [], max_steps=1)
+    trainer.fit(make_task(timestep_refresh=2, tokenizer=make_tokenizer()), make_data(folder))
     trainer.save_checkpoint(folder / "model.ckpt")
     return folder
 
@@ -248,8 +247,7 @@ def test_a_folder_to_predict_into_is_refused_before_the_rows_are_read(home, monk
 # What Lightning's loops and ours are stopped in the middle of.
 SLOW = """
 import time
-from ldlm import PackedTextDataModule
-from ldlm import LDLM
+from ldlm import LDLM, LDLMTask
 
 def slow(*_, **__):
     open("begun", "w").close()
@@ -259,7 +257,7 @@ def slow(*_, **__):
 def slow_batches(*_, **__):
     yield slow()
 
-LDLM.validation_step = LDLM.test_step = LDLM.predict_step = slow
+LDLMTask.validation_step = LDLMTask.test_step = LDLMTask.predict_step = slow
 LDLM.sample_batches = slow_batches
 """
 REAL = [
@@ -302,16 +300,14 @@ def full(*_, **__):
 
 
 def test_a_run_whose_folder_for_temporary_files_fills_saves_on(tmp_path, monkeypatch):
-    class Fills(DiffusionToEncoderWarmup):
+    class Fills(L.Callback):
         def on_train_start(self, trainer, pl_module):
             monkeypatch.setattr("tempfile.mkdtemp", full)
             monkeypatch.setattr("tempfile.mkstemp", full)
 
     saver = ModelCheckpoint(str(tmp_path / "runs"), every_n_train_steps=1, save_last=True)
-    trainer = make_trainer(
-        tmp_path, [Fills(0), AdaptiveTimestepUpdate(2), saver], max_steps=3, enable_checkpointing=True
-    )
-    trainer.fit(make_model(tokenizer=make_tokenizer()), make_data(tmp_path))
+    trainer = make_trainer(tmp_path, [Fills(), saver], max_steps=3, enable_checkpointing=True)
+    trainer.fit(make_task(timestep_refresh=2, tokenizer=make_tokenizer()), make_data(tmp_path))
     monkeypatch.undo()
     assert read(tmp_path / "runs/last.ckpt")["global_step"] == 3
     loaded = LDLM.load_from_checkpoint(tmp_path / "runs/last.ckpt").tokenizer
@@ -322,8 +318,8 @@ def test_each_fit_saves_the_tokenizer_that_its_model_has_then(tmp_path):
     model = make_model(tokenizer=make_tokenizer())
     for template in ("one", "two"):
         model.tokenizer.chat_template = template
-        trainer = make_trainer(tmp_path, [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2)], max_steps=1)
-        trainer.fit(model, make_data(tmp_path))
+        trainer = make_trainer(tmp_path, [], max_steps=1)
+        trainer.fit(make_task(model=model, timestep_refresh=2), make_data(tmp_path))
         trainer.save_checkpoint(tmp_path / "a.ckpt")
         assert LDLM.load_from_checkpoint(tmp_path / "a.ckpt").tokenizer.chat_template == template
 
@@ -351,8 +347,8 @@ def test_a_folder_for_temporary_files_that_fills_is_not_called_a_damaged_file(ho
 
 
 def test_a_fit_needs_no_folder_for_temporary_files_for_a_tokenizer_that_it_has_not_stored(monkeypatch):
-    from ldlm.cli.fit import LDLMCLI
+    from ldlm.cli.fit import Fit, Stored
 
     monkeypatch.setattr("tempfile.mkdtemp", full)
     monkeypatch.setattr("ldlm.cli.fit.LightningCLI.__init__", lambda *_, **__: None)
-    assert LDLMCLI(["fit"], None, False).stored is None
+    assert Fit(["fit"]).tokenizer == Stored(["validate"], None).tokenizer == "gpt2"  # the folder is a stored one's

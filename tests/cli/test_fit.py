@@ -1,7 +1,8 @@
-"""`--ckpt_path last` finds the run that saved last, goes on in its folder, and passes over what is damaged."""
+"""`--ckpt_path last` finds the run that saved last and goes on in its folder; own objectives and decoders fit."""
 
 import copy
 import os
+import sys
 import zipfile
 
 import pytest
@@ -10,9 +11,11 @@ import yaml
 from helpers.command import complaint
 from helpers.recipe import RECIPE
 from helpers.tiny import make_home
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldlm.checkpoints.integrity import digest_file
 from ldlm.cli import main as cli
+from ldlm.training.task import LDLMTask
 
 LAST = "runs/tiny/version_{}/checkpoints/last.ckpt"
 
@@ -122,3 +125,54 @@ def test_a_damaged_file_given_by_name_ends_in_a_sentence_that_names_a_whole_one(
         assert "was altered: the checksum of" in said
         assert "the newest whole one beside it is" in said
         assert "step=2.ckpt" in said
+
+
+OBJECTIVE = """
+from ldlm import Losses, Objective
+
+
+class Mine(Objective):
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, model, tokens, u, gamma, source):
+        z0 = model.encode(tokens)
+        token = model.token_decoder.loss(model.latent_decoder(z0), tokens, None)
+        return Losses(self.weight * token, {"mine": token}, None, z0.detach())
+
+    def prepare(self, model):
+        model.denoiser.requires_grad_(False)
+"""
+
+
+def test_an_objective_of_the_users_in_the_current_folder_is_trained_by_its_name(here, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (here / "my_objective.py").write_text(OBJECTIVE)
+    fit("--training.objective", "my_objective.Mine", "--training.objective.init_args.weight", "0.5")
+    checkpoint = torch.load(LAST.format(0), weights_only=True)
+    described = checkpoint["ldlm"]["training"]["init_args"]["objective"]
+    assert described == {"class_path": "my_objective.Mine", "init_args": {"weight": 0.5}}
+    events = EventAccumulator("runs/tiny/version_0", size_guidance={"scalars": 0})
+    events.Reload()
+    mine, total = ([event.value for event in events.Scalars(f"train/{name}")] for name in ("mine", "loss"))
+    assert len(mine) == 3
+    assert total == pytest.approx([0.5 * loss for loss in mine])
+    assert checkpoint["optimizer_states"][0]["state"]
+    task = LDLMTask.load_from_checkpoint(LAST.format(0))
+    assert (type(task.objective).__name__, task.objective.weight) == ("Mine", 0.5)
+    del sys.modules["my_objective"]
+
+
+def test_a_decoder_on_the_kept_latent_decoder_is_all_that_fit_decoder_trains(here):
+    fit("--trainer.max_steps", "2")
+    stage = ["--stage.checkpoint", LAST.format(0), "--stage.layers", "1", "--stage.heads", "2"]
+    stage += ["--stage.keep_latent_decoder", "true", "--trainer.logger.init_args.name", "decoder"]
+    cli.main(["fit-decoder", "--config", "tiny.yaml", *stage])
+    found = torch.load("runs/decoder/version_0/checkpoints/last.ckpt", weights_only=True)
+    new, old = found["state_dict"], torch.load(LAST.format(0), weights_only=True)["state_dict"]
+    assert new["token_decoder.head.weight"].shape == (40, 16)  # from hidden states, of width 16
+    kept = [name for name in old if not name.startswith("token_decoder")]
+    assert any(name.startswith("latent_decoder") for name in kept)
+    assert all(torch.equal(new[name], old[name]) for name in kept)
+    trained = [name for name in new if name.startswith("token_decoder")]
+    assert len(found["optimizer_states"][0]["state"]) == len(trained)

@@ -130,7 +130,9 @@ def test_a_decoder_trained_afterwards_is_a_model_like_any_other(here, capsys):
 
 
 def test_diffusion_on_the_latents_of_a_checkpoint_leaves_its_coders_alone(here):
-    only = ["--model.reconstruction_weight", "0", "--model.token_weight", "0", "--warmup.steps", "0"]
+    objective = "--training.objective.init_args"
+    only = ["--training.objective", "JointObjective", "--training.warmup_steps", "0"]
+    only += [f"{objective}.reconstruction_weight", "0", f"{objective}.token_weight", "0"]
     cli.main([*FIT, "--latents", LAST, *only, "--trainer.logger.init_args.name", "fixed"])
     checkpoint = "runs/fixed/version_0/checkpoints/last.ckpt"
     new, old = (torch.load(path, weights_only=True)["state_dict"] for path in (checkpoint, LAST))
@@ -171,9 +173,26 @@ DECODER = ("fit-decoder", "--config", "tiny.yaml")
         ([*FIT, "--ckpt_path", "text.txt"], "text.txt is truncated or not a checkpoint"),
         (
             ["fit", "--config", "cold.yaml"],
-            r"--warmup\.steps is required; it is the length of the diffusion-to-encoder",
+            r"--training\.warmup_steps is required; it is the length of the diffusion-to-encoder",
         ),
-        ([*FIT, "--warmup.steps", "-1"], "steps=-1 must be 0"),
+        ([*FIT, "--training.warmup_steps", "-1"], "warmup_steps=-1 must be 0"),
+        ([*FIT, "--warmup.steps", "0"], "no option --warmup.steps; did you mean '--training.warmup_steps'"),
+        ([*FIT, "--training.warm_steps", "0"], "no option --training.warm_steps; .* '--training.warmup_steps'"),
+        ([*FIT, "--training.learning_rite", "1"], "no option --training.learning_rite; .* '--training.learning_rate'"),
+        ([*FIT, "--model.learning_rate", "1"], "no option --model.learning_rate; .* '--training.learning_rate'"),
+        ([*FIT, "--model.token_weight", "0"], r"did you mean '--training\.objective\.init_args\.token_weight'"),
+        (["fit", "--config", "moved.yaml"], "no option --warmup.steps; did you mean '--training.warmup_steps'"),
+        (["fit", "--config", "spelt.yaml"], "no option --training.learning_rite; .* '--training.learning_rate'"),
+        ([*FIT, "--training.objective", "JointObjectiv"], "there is no class .*; did you mean 'JointObjective'"),
+        ([*FIT, "--training.objective", "DiT"], "--training.objective: DiT is a class of another kind"),
+        (
+            [*FIT, "--training.objective.init_args.token_weight", "0"],
+            "name a class .* as in --training.objective CLASS",
+        ),
+        (
+            [*FIT, "--training.objective", "JointObjective", "--training.objective.init_args.token_weight=-1"],
+            "token_weight=-1.0 must be at least 0",
+        ),
         ([*FIT, "--latents", "none.ckpt"], "none.ckpt does not exist"),
         ([*FIT, "--latents", LAST, "--model.latent_encoder.layers", "2"], r"latent_encoder\.layers=1 and the model 2"),
         ([*DECODER], r"--stage\.checkpoint is required; it is the checkpoint for whose latents"),
@@ -201,7 +220,10 @@ DECODER = ("fit-decoder", "--config", "tiny.yaml")
 )
 def test_what_is_wrong_is_said_in_one_sentence_with_status_2(here, capsys, words, told):
     (here / "empty.txt").write_text("\n\n")
-    (here / "cold.yaml").write_text(yaml.safe_dump({key: value for key, value in RECIPE.items() if key != "warmup"}))
+    (here / "cold.yaml").write_text(yaml.safe_dump(RECIPE | {"training": {"statistics_rows": 8}}))
+    (here / "moved.yaml").write_text(yaml.safe_dump(RECIPE | {"warmup": {"steps": 2}}))
+    training = {"warmup_steps": 2, "learning_rite": 1.0}
+    (here / "spelt.yaml").write_text(yaml.safe_dump(RECIPE | {"training": training}))
     (here / "latin.txt").write_bytes(b"plain\ncaf\xe9\n")
     (here / "rows.jsonl").write_text(json.dumps({"text": "word1 word2", "id": 3}) + "\n")
     (here / "cut.ckpt").write_bytes((here / LAST).read_bytes()[:5000])
@@ -223,7 +245,7 @@ def test_a_class_of_the_users_is_found_in_the_current_folder_and_by_import_in_a_
 
 def test_a_warm_up_longer_than_the_run_is_warned_about(here, capsys):
     recipe = copy.deepcopy(RECIPE)
-    recipe["warmup"]["steps"] = 90
+    recipe["training"]["warmup_steps"] = 90
     (here / "long.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.warns(UserWarning, match="warm-up of 90 steps is longer than the run of 3"):
         cli.main(["fit", "--config", "long.yaml"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.command import complaint
-from helpers.tiny import make_data, make_model, make_tokenizer, make_trainer
+from helpers.tiny import make_data, make_model, make_task, make_tokenizer, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ldlm._files import check_output, write_atomically
@@ -23,8 +23,6 @@ from ldlm.checkpoints.integrity import damage, digest_file, read, write
 from ldlm.cli.generate import write_batches
 from ldlm.evaluation.trace import Frame, Token, Trace, write_trace
 from ldlm.training.callbacks.predictions import ReconstructionWriter
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 PACKAGE = ROOT / "ldlm"
 CONTENT = {"x": torch.arange(50)}
@@ -48,7 +46,7 @@ def page(path: Path) -> None:
 def prediction(path: Path) -> None:
     writer = ReconstructionWriter(str(path))
     writer._lines = ["{}"]
-    writer.on_predict_end(make_trainer(path.parent, []), make_model())
+    writer.on_predict_end(make_trainer(path.parent, []), make_task())
 
 
 def checkpoint(path: Path) -> None:
@@ -259,9 +257,8 @@ def test_a_run_that_keeps_its_last_checkpoint_as_a_link_leaves_whole_files(tmp_p
     saver = ModelCheckpoint(
         str(runs), save_last="link", save_top_k=2, monitor="step", mode="max", every_n_train_steps=2
     )
-    callbacks = [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2), saver]
-    trainer = make_trainer(tmp_path, callbacks, max_steps=6, enable_checkpointing=True)
-    trainer.fit(make_model(), make_data(tmp_path))
+    trainer = make_trainer(tmp_path, [saver], max_steps=6, enable_checkpointing=True)
+    trainer.fit(make_task(timestep_refresh=2), make_data(tmp_path))
     assert (runs / "last.ckpt").is_symlink()
     assert read(runs / "last.ckpt")["global_step"] == 6
     trainer.save_checkpoint(runs / "last.ckpt")  # as a stop on a signal does

@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ldlm.cli import main as cli
 from ldlm.model import LDLM
+from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
+from ldlm.training.task import LDLMTask
 
 RECIPES = sorted(Path(str(cli.CONFIGS)).glob("*.yaml"))
 OVERLAYS = sorted((Path(str(cli.CONFIGS)) / "overlays").glob("*.yaml"))
@@ -76,12 +78,12 @@ def merged(*configs: str, command: str = "fit", words: tuple[str, ...] = ()) -> 
 
 APPENDIX_C = {
     "data.batch_size": 512,
-    "model.learning_rate": 3e-4,
-    "model.weight_decay": 0.01,
-    "model.betas": [0.9, 0.98],
-    "model.eps": 1e-8,
-    "model.lr_warmup_steps": 5000,
-    "model.lr_decay": 0.0,
+    "training.learning_rate": 3e-4,
+    "training.weight_decay": 0.01,
+    "training.betas": [0.9, 0.98],
+    "training.eps": 1e-8,
+    "training.lr_warmup_steps": 5000,
+    "training.lr_decay": 0.0,
     "trainer.gradient_clip_val": 1.0,
     "model.schedule.class_path": "ldlm.TangentSchedule",
     "model.schedule.init_args.d": 3.0,
@@ -89,23 +91,37 @@ APPENDIX_C = {
     "model.token_encoder.init_args.layer": -3,
     "model.timesteps.class_path": "ldlm.AdaptiveTimesteps",
     "model.timesteps.init_args.bins": 100,
-    "warmup.gamma_min": 0.0,
-    "warmup.k": 10.0,
-    "warmup.c": 0.8,
+    "training.timestep_refresh": 5000,  # section 5.3
     "model.self_conditioning": 0.5,
-    "model.diffusion_weight": 1.0,
-    "model.reconstruction_weight": 1.0,
-    "model.token_weight": 1.0,
-    "model.token_gradient": False,
-    "model.token_fraction": 1.0,
-    "model.hidden_masking": 0.0,
+    "training.objective.class_path": "ldlm.JointObjective",
+    "training.objective.init_args.diffusion_weight": 1.0,
+    "training.objective.init_args.reconstruction_weight": 1.0,
+    "training.objective.init_args.token_weight": 1.0,
+    "training.objective.init_args.token_gradient": False,
+    "training.objective.init_args.token_fraction": 1.0,
+    "training.objective.init_args.hidden_masking": 0.0,
 }
 OWN = {
     # section 6: 128 tokens, 500k iterations, warm-up 10k, decoder noise 1
-    "owt128": {"sequence_length": 128, "trainer.max_steps": 500_000, "warmup.steps": 10_000, "model.sigma_dec": 1.0},
+    "owt128": {
+        "sequence_length": 128,
+        "trainer.max_steps": 500_000,
+        "training.warmup_steps": 10_000,
+        "model.sigma_dec": 1.0,
+    },
     # App. C: 1M iterations
-    "owt": {"sequence_length": 1024, "trainer.max_steps": 1_000_000, "warmup.steps": 50_000, "model.sigma_dec": 3.0},
-    "lm1b": {"sequence_length": 128, "trainer.max_steps": 1_000_000, "warmup.steps": 25_000, "model.sigma_dec": 3.0},
+    "owt": {
+        "sequence_length": 1024,
+        "trainer.max_steps": 1_000_000,
+        "training.warmup_steps": 50_000,
+        "model.sigma_dec": 3.0,
+    },
+    "lm1b": {
+        "sequence_length": 128,
+        "trainer.max_steps": 1_000_000,
+        "training.warmup_steps": 25_000,
+        "model.sigma_dec": 3.0,
+    },
 }
 
 
@@ -113,6 +129,10 @@ OWN = {
 def test_the_papers_recipes_have_the_papers_numbers(name):
     found = merged(name)
     assert {key: found[key] for key in (*APPENDIX_C, *OWN[name])} == APPENDIX_C | OWN[name]
+    # The warm-up's shape is the callback's own, unless a recipe brings another: App. A.2.
+    assert "ldlm.DiffusionToEncoderWarmup" not in [each["class_path"] for each in found["trainer.callbacks"]]
+    shape = DiffusionToEncoderWarmup(found["training.warmup_steps"]).settings()
+    assert shape == {"steps": OWN[name]["training.warmup_steps"], "gamma_min": 0.0, "k": 10.0, "c": 0.8}
 
 
 def test_all_recipes_but_the_quickstart_are_known_here():
@@ -132,22 +152,25 @@ SCRATCH = {
     "model.token_encoder.init_args.hidden_size": 768,
     "model.token_encoder.init_args.vocab_size": 50257,
 }
-FIXED = {"model.latent_encoder.init_args.unit_variance": True, "model.sigma_dec": 0.5, "warmup.steps": 0}
+FIXED = {"model.latent_encoder.init_args.unit_variance": True, "model.sigma_dec": 0.5, "training.warmup_steps": 0}
 POSITIONS = {"model.token_decoder.init_args.learned_positions": True}
 # What each overlay changes of owt128, and nothing else. Amounts that are ours are marked.
 CHANGES: dict[str, dict[str, Any]] = {
     # Table 1
     "loss-mse": {},
-    "loss-ce": {"model.reconstruction_weight": 0.0, "model.token_gradient": True},
-    "loss-ce-mse": {"model.token_gradient": True},
+    "loss-ce": {
+        "training.objective.init_args.reconstruction_weight": 0.0,
+        "training.objective.init_args.token_gradient": True,
+    },
+    "loss-ce-mse": {"training.objective.init_args.token_gradient": True},
     "encoder-shallow": {"model.token_encoder.class_path": "ldlm.ShallowTokenEncoder"},
     "encoder-scratch": SCRATCH,
-    "warmup-0": {"warmup.steps": 0},
-    "warmup-5k": {"warmup.steps": 5_000},
+    "warmup-0": {"training.warmup_steps": 0},
+    "warmup-5k": {"training.warmup_steps": 5_000},
     "warmup-10k": {},
-    "warmup-25k": {"warmup.steps": 25_000},
-    "warmup-50k": {"warmup.steps": 50_000},
-    "warmup-100k": {"warmup.steps": 100_000},
+    "warmup-25k": {"training.warmup_steps": 25_000},
+    "warmup-50k": {"training.warmup_steps": 50_000},
+    "warmup-100k": {"training.warmup_steps": 100_000},
     "timesteps-uniform": {"model.timesteps.class_path": "ldlm.UniformTimesteps"},
     "timesteps-adaptive": {},
     "sigma-0.1": {"model.sigma_dec": 0.1},
@@ -157,26 +180,32 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sigma-3": {"model.sigma_dec": 3.0},
     "sigma-4": {"model.sigma_dec": 4.0},
     # Table 2; noise and masking are ours
-    "tencdm": IDENTITY | {"model.reconstruction_weight": 0.0, "model.sigma_dec": 0.2, "warmup.steps": 0},
+    "tencdm": IDENTITY
+    | {"training.objective.init_args.reconstruction_weight": 0.0, "model.sigma_dec": 0.2, "training.warmup_steps": 0},
     "cosmos-autoencoder": FIXED
-    | {"model.diffusion_weight": 0.0, "model.token_gradient": True, "model.hidden_masking": 0.3},
-    "cosmos": FIXED | {"model.reconstruction_weight": 0.0, "model.token_weight": 0.0},
+    | {
+        "training.objective.init_args.diffusion_weight": 0.0,
+        "training.objective.init_args.token_gradient": True,
+        "training.objective.init_args.hidden_masking": 0.3,
+    },
+    "cosmos": FIXED
+    | {"training.objective.init_args.reconstruction_weight": 0.0, "training.objective.init_args.token_weight": 0.0},
     "embeddings": IDENTITY
     | POSITIONS
     | {
         "model.token_encoder.class_path": "ldlm.ShallowTokenEncoder",
-        "model.reconstruction_weight": 0.0,
+        "training.objective.init_args.reconstruction_weight": 0.0,
         "model.sigma_dec": 0.2,
-        "warmup.steps": 0,
+        "training.warmup_steps": 0,
     },
     "embeddings-scratch": IDENTITY
     | POSITIONS
     | SCRATCH
     | {
-        "model.reconstruction_weight": 0.0,
-        "model.token_gradient": True,
+        "training.objective.init_args.reconstruction_weight": 0.0,
+        "training.objective.init_args.token_gradient": True,
         "model.sigma_dec": 0.2,
-        "warmup.steps": 0,
+        "training.warmup_steps": 0,
     },
     # Table 4
     "layer-1": {"model.token_encoder.init_args.layer": -1},
@@ -184,7 +213,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "layer-3": {},
     "layer-4": {"model.token_encoder.init_args.layer": -4},
     # Table 5
-    "no-token-decoder": {"model.token_weight": 0.0},
+    "no-token-decoder": {"training.objective.init_args.token_weight": 0.0},
     # Table 6
     "encoder-bert": {
         "tokenizer": "bert-base-cased",
@@ -229,15 +258,18 @@ def test_a_decoder_overlay_has_table_5s_layers_and_200k_iterations_of_512_rows(n
     assert (found["stage.layers"], found["trainer.max_steps"]) == (LAYERS[name], 200_000)
     assert found["data.batch_size"] == 512
     assert found["stage.sigma_dec"] is None  # the checkpoint's
-    assert (found["stage.learning_rate"], found["stage.lr_warmup_steps"], found["stage.heads"]) == (3e-4, 5000, 12)
+    assert (found["training.learning_rate"], found["training.lr_warmup_steps"]) == (3e-4, 5000)
+    assert found["stage.heads"] == 12
 
 
 def test_cross_entropy_that_reaches_the_encoder_is_taken_on_every_position():
-    reaching = [name for name, changes in CHANGES.items() if changes.get("model.token_gradient")]
+    reaching = [name for name, changes in CHANGES.items() if changes.get("training.objective.init_args.token_gradient")]
     assert len(reaching) == 4
-    assert merged("quickstart")["model.token_fraction"] < 1  # which is free behind a stop-gradient, and only there
+    assert (
+        merged("quickstart")["training.objective.init_args.token_fraction"] < 1
+    )  # which is free behind a stop-gradient, and only there
     for name in reaching:
-        assert merged("quickstart", name)["model.token_fraction"] == 1.0
+        assert merged("quickstart", name)["training.objective.init_args.token_fraction"] == 1.0
 
 
 def test_the_laptop_overlay_is_the_quickstart_cut_to_five_minutes():
@@ -245,10 +277,11 @@ def test_the_laptop_overlay_is_the_quickstart_cut_to_five_minutes():
     changed = {key: value for key, value in laptop.items() if quick.get(key) != value and ".callbacks" not in key}
     assert changed == {
         "data.batch_size": 16,
-        "model.learning_rate": 1.5e-3,
-        "model.lr_warmup_steps": 50,
+        "training.learning_rate": 1.5e-3,
+        "training.lr_warmup_steps": 50,
         "model.sampler.init_args.noise_scale": 1.0,
-        "warmup.steps": 500,
+        "training.warmup_steps": 500,
+        "training.timestep_refresh": 50,
         "trainer.max_steps": 1600,
         "trainer.val_check_interval": 1600,
     }
@@ -264,7 +297,7 @@ def train(folder: Path, *words: str, command: str = "fit") -> Path:
     few += ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
     few += ["--trainer.enable_progress_bar", "false", "--trainer.precision", "32"]
     if command == "fit":
-        few += ["--model.lr_warmup_steps", "1", "--model.statistics_rows", "8"]
+        few += ["--training.lr_warmup_steps", "1", "--training.statistics_rows", "8"]
     logger = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.name", "run", "--trainer.logger.version", ""]
     cli.main([command, "--config", "quickstart", "--config", "laptop", *words, *few, *logger])
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
@@ -314,7 +347,7 @@ def called(value: list[str] | set[str]) -> str:
 def check_run(folder: Path, words: list[str], losses: set[str]) -> None:
     checkpoint = train(folder, *words)
     assert losses_of(checkpoint) == losses
-    model = LDLM.load_from_checkpoint(checkpoint)
+    model = LDLMTask.load_from_checkpoint(checkpoint).model  # with what its objective freezes
     # What stood still stands where it started, and what trained has moved: AdamW has a state for it.
     states = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["state"]
     assert len(states) == len([p for p in model.parameters() if p.requires_grad])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command import complaint, evaluation_folder
-from helpers.tiny import LENGTH, VOCAB, make_data, make_model, make_tokenizer, make_trainer
+from helpers.tiny import LENGTH, VOCAB, make_data, make_model, make_task, make_tokenizer, make_trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -32,9 +32,7 @@ from ldlm.cli import main as cli
 from ldlm.plots import drawn, loss_curves, side_by_side
 from ldlm.studies import scheduler as study_module
 from ldlm.training.callbacks.predictions import ReconstructionWriter
-from ldlm.training.callbacks.timesteps import AdaptiveTimestepUpdate
 from ldlm.training.callbacks.visualisation import SampleLogger, ShowSamples, cell
-from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup
 
 DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 EVIL = [
@@ -101,9 +99,8 @@ def fitted(folder: Path, tokenizer, **changes):
     lines = [" ".join(words[(7 * i + j) % len(words)] for j in range(LENGTH)) for i in range(60)]
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     data = make_data(folder, dataset=str(folder / "texts.jsonl"), tokenizer=tokenizer, validation=0.3)
-    callbacks = [DiffusionToEncoderWarmup(0), AdaptiveTimestepUpdate(2)]
-    trainer = make_trainer(folder, [*callbacks, *changes.pop("callbacks")], max_steps=2, **changes)
-    trainer.fit(make_model(tokenizer=tokenizer), data)
+    trainer = make_trainer(folder, changes.pop("callbacks"), max_steps=2, **changes)
+    trainer.fit(make_task(timestep_refresh=2, tokenizer=tokenizer), data)
     return trainer, data
 
 
@@ -252,7 +249,7 @@ def test_a_study_tells_of_a_failure_so_that_nothing_in_it_acts(tmp_path, monkeyp
 def test_predict_says_where_its_file_is_whatever_the_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(tmp_path, [ReconstructionWriter(f"{NAME}.jsonl")])
-    trainer.predict(make_model(tokenizer=make_tokenizer()), make_data(tmp_path))
+    trainer.predict(make_task(tokenizer=make_tokenizer()), make_data(tmp_path))
     said = capsys.readouterr().err
     assert "[/INST]" in said
     assert acts(said) == []

@@ -14,7 +14,7 @@ from helpers.recipe import RECIPE
 from helpers.tiny import make_home
 
 from ldlm.cli import main as cli
-from ldlm.cli.fit import LDLMCLI
+from ldlm.cli.fit import Command
 from ldlm.data.corpus import lm1b_detokenizer
 from ldlm.data.datamodule import PackedTextDataModule
 from ldlm.studies.plan import content, find_study, plan
@@ -28,11 +28,11 @@ class Parsed(Exception):
 def here(tmp_path, monkeypatch):
     """A folder with a recipe; commands end when they have read their configuration."""
 
-    def stop(command: LDLMCLI) -> None:
+    def stop(command: Command) -> None:
         raise Parsed(command.config.fit)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(LDLMCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(Command, "instantiate_classes", stop)
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("tiny.yaml").write_text(yaml.safe_dump(RECIPE))
     return tmp_path
@@ -53,7 +53,7 @@ PARTS = {
     "data": RECIPE["data"],
     "model": RECIPE["model"],
     "trainer": RECIPE["trainer"],
-    "warmup": RECIPE["warmup"],
+    "training": RECIPE["training"],
     "model.denoiser": RECIPE["model"]["denoiser"],
     "trainer.logger": RECIPE["trainer"]["logger"],
 }
