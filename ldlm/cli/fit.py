@@ -181,6 +181,8 @@ class Fit(Command):
         super().add_core_arguments_to_parser(parser)
         parser.add_class_arguments(LDLM, "model")
         parser.add_class_arguments(LDLMTask, "training", skip={"model"}, instantiate=False)
+        # So that options and overlays may give its arguments without its name.
+        parser.set_defaults({"training.objective": {"class_path": "ldlm.JointObjective"}})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options that model and data share."""
@@ -345,8 +347,9 @@ def run(words: list[str], fit: type[Fit] = Fit) -> Command:
         if found is None:
             raise Fault(f"--ckpt_path {checkpoint}: no checkpoint in this folder is whole; name a file, or train")
         checkpoint = str(found)
-    if checkpoint == "last" and not fitting:
-        raise Fault(f"--ckpt_path last is for fit: give {words[0]} the folder of the run, such as ldlm_runs/quickstart")
+    if checkpoint in KEYWORDS and not fitting:
+        folder = "such as ldlm_runs/quickstart"
+        raise Fault(f"--ckpt_path {checkpoint} is for fit: give {words[0]} the folder of the run, {folder}")
     if fitting and named:
         read_checkpoint(str(checkpoint))  # before LightningCLI opens it; `Stored` reads it for the other commands
     if not fitting and checkpoint is None and not {"-h", "--help", "--print_config"} & {*words}:

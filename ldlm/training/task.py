@@ -450,6 +450,8 @@ class LDLMTask(Task):
         model = restored(LDLM, checkpoint, str(checkpoint_path)).to(map_location)
         # What may change is for the user alone to say.
         arguments = read_training(checkpoint["ldlm"]) | {"model": model, "allow_changes": ()}
+        for name in {"objective", "allow_changes"} - inspect.signature(cls).parameters.keys():
+            del arguments[name]  # a subclass may settle it
         try:
             return make(cls, arguments, KINDS)
         except ValueError as error:
