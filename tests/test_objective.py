@@ -20,6 +20,7 @@ def with_gamma(gamma: float, **changes) -> tuple[LDLM, Callable[..., Losses]]:
     """A model as a task prepares it, and the losses of its batches; times that are not given are drawn first."""
     task = make_task(**changes)
     model = task.model
+    task.objective.prepare(model)  # as a fit does
 
     def losses_of(tokens: Tensor, source: Source, u: Tensor | None = None) -> Losses:
         times = model.timesteps.sample(len(tokens), source) if u is None else u

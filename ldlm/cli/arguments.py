@@ -71,9 +71,9 @@ def explain(message: str, options: list[str], classes: list[str]) -> str:
         if "." not in found[1]:
             names = sorted({name.rpartition(".")[2] for name in names})
         return f"{option}there is no option {found[1]!r}{known_option(found[1], names)}"
-    if found := re.search(r"Expected an instantiatable class, but ([\w.]+) is abstract", message):
+    if found := re.search(r"Expected an instantiatable class, but ([\w.]*) ?is abstract", message):
         how = f", as in --{key[1]} CLASS" if key else ""
-        return f"{option}{found[1]} is abstract: name a class of that kind first{how}"
+        return f"{option}{found[1] or 'it'} is abstract: name a class of that kind first{how}"
     if found := re.search(r"(?:dot import path string: |given class_path ')([\w.]+)", message):
         if found[1] in classes:
             return f"{option}{found[1]} is a class of another kind"

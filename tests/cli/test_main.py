@@ -186,7 +186,7 @@ DECODER = ("fit-decoder", "--config", "tiny.yaml")
         ([*FIT, "--training.objective", "JointObjectiv"], "there is no class .*; did you mean 'JointObjective'"),
         ([*FIT, "--training.objective", "DiT"], "--training.objective: DiT is a class of another kind"),
         (
-            [*FIT, "--training.objective.init_args.token_weight", "0"],
+            [*FIT, "--training.objective", "Objective"],
             "name a class .* as in --training.objective CLASS",
         ),
         (
