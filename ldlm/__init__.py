@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from ldlm.training.callbacks.visualisation import Throughput as Throughput
     from ldlm.training.callbacks.warmup import DiffusionToEncoderWarmup as DiffusionToEncoderWarmup
     from ldlm.training.preemption import StopOnSignal as StopOnSignal
-    from ldlm.training.resuming import Recorded as Recorded
+    from ldlm.training.records import Recorded as Recorded
     from ldlm.training.stability import LatentMonitor as LatentMonitor
     from ldlm.training.stability import SkippedSteps as SkippedSteps
     from ldlm.training.stages import FixedLatents as FixedLatents
@@ -109,7 +109,7 @@ _PLACES = {
     "ldlm.training.callbacks.visualisation": "FigureLogger SampleLogger ShowSamples Throughput SaveAtEnd",
     "ldlm.training.callbacks.warmup": "DiffusionToEncoderWarmup",
     "ldlm.training.preemption": "StopOnSignal",
-    "ldlm.training.resuming": "Recorded",
+    "ldlm.training.records": "Recorded",
     "ldlm.training.stability": "SkippedSteps LatentMonitor",
     "ldlm.training.stages": "FixedLatents replace_token_decoder",
     "ldlm.training.task": "LDLMTask",

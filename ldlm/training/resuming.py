@@ -5,7 +5,6 @@ checkpoint; a log of what changes from here on; a ValueError for what must not c
 No section of the paper.
 """
 
-import abc
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -14,13 +13,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
-from transformers import PreTrainedTokenizerBase
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from ldlm._files import brief
+from ldlm.checkpoints.description import check_description
+from ldlm.checkpoints.pretrained import check_weights
 from ldlm.data.datamodule import PackedTextDataModule
 from ldlm.nn.token_encoders import FrozenTokenEncoder, TokenEncoder
-from ldlm.tokenizer import tokenizer_digest
+from ldlm.training.outputs import Task
+from ldlm.training.records import name_job
 
 # What may change when a run is resumed: the new value is used from there on, and both are logged.
 APPLIED = (
@@ -41,46 +43,6 @@ OPTIONAL = ("EMA.decay", "tokenizer", "frozen")
 # Training does not depend on them; of the last two, what the callbacks were told is compared.
 FREE = ("sampler", "grid", "batches", "job", "warmup_steps", "timestep_refresh")
 LISTED = 12  # differences that an error tells of
-
-
-class Recorded(L.Callback, abc.ABC):
-    """A callback whose settings change what a run learns: checkpoints record them, a resumed run compares them."""
-
-    @abc.abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """The settings by name, plain data."""
-
-
-def record_run(trainer: L.Trainer, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """What changes a run's result besides its data and the model's arguments, as plain data."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
-    return {
-        **{
-            f"{type(callback).__name__}.{name}": value
-            for callback in callbacks
-            if isinstance(callback, Recorded)
-            for name, value in callback.settings().items()
-        },
-        "tokenizer": None if tokenizer is None else f"of sha256 {tokenizer_digest(tokenizer)[:16]}",
-        "gradient_clip_val": trainer.gradient_clip_val,
-        "gradient_clip_algorithm": "value" if by_value else "norm",
-        "precision": trainer.precision,
-        "devices": trainer.world_size,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "limit_train_batches": trainer.limit_train_batches,
-        "max_steps": trainer.max_steps,
-        "max_epochs": trainer.max_epochs,
-        "batches": trainer.num_training_batches,
-        "job": name_job(trainer),
-    }
-
-
-def name_job(trainer: L.Trainer) -> str | None:
-    """The SLURM job, which keeps its number when it is put back into the queue, and what it trains; None elsewhere."""
-    number = os.environ.get("SLURM_JOB_ID")
-    logger = trainer.logger
-    return number if number is None or logger is None else f"{number} ({logger.name})"
 
 
 def check_resumed(
@@ -141,6 +103,37 @@ def check_resumed(
             f"the same, or insist with allow_changes={names} of the task, --training.allow_changes "
             f"[{', '.join(names)}]{'; different too: ' if others else ''}{', '.join(others)}"
         )
+
+
+def check_continues(
+    checkpoint: dict[str, Any],
+    about: Mapping[str, Any],
+    task: Task,
+    allowed: Collection[str],
+) -> tuple[int, float] | None:
+    """Refuse a checkpoint that a task's run could not continue from; else prepare Lightning's counts in it.
+
+    Args:
+        checkpoint: What the file holds.
+        about: What the next checkpoint would say.
+        task: That would continue.
+        allowed: Names that may change, as in `check_resumed`.
+
+    Returns:
+        What `count_calls` says of the checkpoint's run.
+
+    Raises:
+        ValueError: Naming what does not fit.
+    """
+    told = check_description(checkpoint.get("ldlm"), "the checkpoint")
+    run, data = read_run(told), task.trainer.datamodule  # type: ignore[attr-defined]
+    check_requeued(task.trainer.ckpt_path, run, task.trainer)
+    check_resumed(checkpoint, about, task.model.token_encoder, data, allowed)
+    reopen_epoch(checkpoint.get("loops"))
+    check_weights(task.model, checkpoint["state_dict"], "the checkpoint")
+    if "optimizer_states" not in checkpoint:
+        raise ValueError("this checkpoint holds weights alone (save_weights_only): training cannot go on from it")
+    return count_calls(run)
 
 
 def read_training(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +255,7 @@ def _covers(word: str, name: str) -> bool:
 
 
 def align_progress(trainer: L.Trainer, counted: tuple[int, float] | None) -> None:
-    """Make Lightning count this run's calls, and not those of the run that it continues.
+    """See that ranks are at the same step, and make Lightning count this run's calls, not those of the one before.
 
     Lightning 2.6.6 counts the calls of an epoch, of which another number of accumulated batches or of rows makes
     more or fewer. The same share of the epoch is counted as done, in complete steps: a checkpoint may have been
@@ -272,7 +265,17 @@ def align_progress(trainer: L.Trainer, counted: tuple[int, float] | None) -> Non
     Args:
         trainer: At the start of its training.
         counted: Accumulated batches, and calls of an epoch, of the run that is resumed; None in a new one.
+
+    Raises:
+        ValueError: If ranks are at different steps.
     """
+    step = torch.tensor([trainer.global_step], device=trainer.strategy.root_device)
+    steps: Tensor = trainer.strategy.all_gather(step)
+    if (steps != trainer.global_step).any():
+        raise ValueError(
+            f"the ranks would go on from different steps, {steps.flatten().tolist()}: give --ckpt_path a file that "
+            "all of them can read"
+        )
     loop = trainer.fit_loop.epoch_loop
     progress = loop.batch_progress
     parts, batches = trainer.accumulate_grad_batches, trainer.num_training_batches

@@ -7,12 +7,9 @@ App. B.2, Table 5 (token decoders trained after everything else).
 An autoencoder alone needs nothing from here: it is an `LDLM` trained by ``JointObjective(diffusion_weight=0)``.
 """
 
-import hashlib
 from typing import Any
 
 import lightning as L
-import torch
-from torch import Tensor
 
 from ldlm.checkpoints.description import describe
 from ldlm.checkpoints.pretrained import check_weights
@@ -21,7 +18,7 @@ from ldlm.nn.latent_coders import IdentityDecoder, LatentDecoder
 from ldlm.nn.token_decoders import LinearTokenDecoder, TokenDecoder, TransformerTokenDecoder
 from ldlm.tokenizer import name_tokenizer, tokenizer_digest
 from ldlm.training.outputs import model_of
-from ldlm.training.resuming import Recorded
+from ldlm.training.records import Recorded, name_weights
 
 CODERS = ("token_encoder", "latent_encoder", "latent_decoder", "token_decoder")
 # Arguments that may differ: the same hidden states come from copies elsewhere and in other dtypes.
@@ -176,11 +173,3 @@ def token_decoder_stage(
             TransformerTokenDecoder(h, v, layers, heads, positions, n) if layers else LinearTokenDecoder(h, v)
         )
     return replace_token_decoder(old, token_decoder, None if keep_latent_decoder else read, sigma_dec)
-
-
-def name_weights(state: dict[str, Tensor]) -> str:
-    """Name tensors by a digest of their bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return f"of sha256 {digest.hexdigest()[:16]}"

@@ -8,7 +8,6 @@ what happened is handed to the callbacks as a `StepOutput`. The paper's two call
 """
 
 import inspect
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ from typing import Any, Self
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ldlm._files import brief
-from ldlm.checkpoints.description import check_description, describe, describe_model, make
+from ldlm.checkpoints.description import make
 from ldlm.checkpoints.pretrained import check_weights, read_checkpoint, restored
 from ldlm.data.datamodule import PackedTextDataModule
 from ldlm.diffusion.grids import TimeGrid
@@ -49,18 +48,10 @@ from ldlm.training.files import check_finite, check_saved, end_of_fit, take_over
 from ldlm.training.optim import LearningRate, adamw, clip_or_skip, guarded
 from ldlm.training.outputs import StepOutput, Task, ValidationOutput
 from ldlm.training.preemption import StopOnSignal
-from ldlm.training.resuming import (
-    align_progress,
-    check_requeued,
-    check_resumed,
-    count_calls,
-    read_run,
-    read_training,
-    record_run,
-    reopen_epoch,
-)
+from ldlm.training.records import describe_run, name_weights
+from ldlm.training.resuming import align_progress, check_continues, read_training
 from ldlm.training.stability import LatentMonitor, SkippedSteps, spread_over_rows
-from ldlm.training.stages import name_weights
+from ldlm.training.statistics import measure_statistics
 
 # What a file may ask to be made for a task: nothing with weights, which no memory is compared with.
 KINDS = (Objective, NoiseSchedule, Sampler, TimeGrid)
@@ -152,7 +143,7 @@ class LDLMTask(Task):
         self.allow_changes = tuple(allow_changes)
         # A part that comes frozen is what an earlier run left: a resumed run is to have the same.
         self._given = [name for name, part in model.named_children() if _is_frozen(part)]
-        self._digest: str | None = None
+        self._digest: str | None = None  # of their weights
         self._thaw(self._prepare())  # a misfit is named now, and parts are frozen for the length of a fit
         self._frozen: list[nn.Parameter] = []
         self.register_buffer("gamma", torch.ones(()), persistent=False)  # written by the warm-up
@@ -332,15 +323,7 @@ class LDLMTask(Task):
         if not self.trainer.training:
             check_weights(self.model, checkpoint["state_dict"], "the checkpoint")
             return
-        about = check_description(checkpoint.get("ldlm"), "the checkpoint")
-        check_requeued(self.trainer.ckpt_path, read_run(about), self.trainer)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        check_resumed(checkpoint, self.about_run(), self.model.token_encoder, data, self.allow_changes)
-        reopen_epoch(checkpoint.get("loops"))
-        self._counted = count_calls(read_run(about))
-        check_weights(self.model, checkpoint["state_dict"], "the checkpoint")
-        if "optimizer_states" not in checkpoint:
-            raise ValueError("this checkpoint holds weights alone (save_weights_only): training cannot go on from it")
+        self._counted = check_continues(checkpoint, self.about_run(), self, self.allow_changes)
         if (ema := self._ema()) is not None:
             ema.restore(checkpoint)
         elif "raw_parameters" in checkpoint:
@@ -371,31 +354,13 @@ class LDLMTask(Task):
             check_tokenizer(model.tokenizer)
         self._last_step = -1  # a second fit may begin with the step at which the first one ended
         if model.token_encoder.statistics_rows == 0:
-            self._fit_statistics(data)
+            measure_statistics(self, self.statistics_rows)
             model.token_decoder.start(model.token_encoder)
             check_finite(self.state_dict())  # the embeddings from which it starts are the encoder's too
-
-    def _fit_statistics(self, data: L.LightningDataModule | None) -> None:
-        self.trainer.fit_loop.setup_data()
-        loader = self.trainer.train_dataloader
-        loaders = [] if loader is None else CombinedLoader(loader).flattened
-        if len(loaders) > 1:
-            raise ValueError(f"the trainer was given {len(loaders)} training loaders together: give one")
-        batches = (self._on_before_batch_transfer(batch) for loader in loaders for batch in loader)
-        rows = self.statistics_rows
-        if isinstance(data, PackedTextDataModule):  # complete optimizer steps, however they are divided into calls
-            rows = -(-rows // data.batch_size) * data.batch_size
-        self.model.token_encoder.fit_statistics(batches, rows)
 
     def on_train_start(self) -> None:
         """See that all can be saved, that ranks are at the same step, and that Lightning counts this run's calls."""
         check_saved(self.trainer, self)
-        steps: Tensor = self.all_gather(torch.tensor([self.trainer.global_step], device=self.device))  # type: ignore[assignment]
-        if (steps != self.trainer.global_step).any():
-            raise ValueError(
-                f"the ranks would go on from different steps, {steps.flatten().tolist()}: give --ckpt_path a file that "
-                "all of them can read"
-            )
         align_progress(self.trainer, self._counted)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -416,7 +381,8 @@ class LDLMTask(Task):
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """The model's."""
-        return dict(self.model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars))
+        state: dict[str, Any] = self.model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Into the model."""
@@ -424,20 +390,10 @@ class LDLMTask(Task):
 
     def about_run(self) -> dict[str, Any]:
         """Model, task and run as plain data: what a checkpoint says of itself, by which a resumed run is compared."""
-        training = describe(self, leave_out=("model", "objective", "allow_changes"))
-        training["init_args"]["objective"] = describe(self.objective)
-        about = describe_model(self.model) | {"training": training}
-        if self._trainer is not None:  # else saved by ``trainer.strategy.connect(task)``, which no run stands behind
-            about["run"] = record_run(self.trainer, self.model.tokenizer)
-            if self._given:
-                if self._digest is None:
-                    weights = self.model.state_dict()
-                    self._digest = name_weights(
-                        {k: v for k, v in weights.items() if k.partition(".")[0] in self._given}
-                    )
-                about["run"]["frozen"] = self._digest
-        # By way of JSON a number is of no class of its own, such as numpy's, which reading would refuse.
-        return dict(json.loads(json.dumps(about)))
+        if self._given and self._digest is None:
+            weights = self.model.named_parameters()
+            self._digest = name_weights({n: p.detach() for n, p in weights if n.partition(".")[0] in self._given})
+        return describe_run(self, self.objective, self._digest)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu") -> Self:  # type: ignore[override]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldlm.checkpoints.description import describe
 from ldlm.model import LDLM
 from ldlm.training.outputs import model_of, step_output
-from ldlm.training.resuming import Recorded
+from ldlm.training.records import Recorded
 
 
 class EMA(Recorded):

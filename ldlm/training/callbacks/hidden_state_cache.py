@@ -25,7 +25,7 @@ from ldlm.data.rows import PackedRows
 from ldlm.nn.token_encoders import DTYPES, FrozenTokenEncoder, TokenEncoder
 from ldlm.training.outputs import model_of
 from ldlm.training.preemption import check_signals
-from ldlm.training.resuming import Recorded
+from ldlm.training.records import Recorded
 
 STATISTICS = ("mean", "std", "statistics_rows")  # of the normalisation, which comes after what is stored
 TOKENS = 2**14  # in a batch while the file is written, each of which has a digest

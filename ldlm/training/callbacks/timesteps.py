@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldlm.checkpoints.description import describe
 from ldlm.training.outputs import model_of, step_output
-from ldlm.training.resuming import Recorded
+from ldlm.training.records import Recorded
 
 
 class AdaptiveTimestepUpdate(Recorded):

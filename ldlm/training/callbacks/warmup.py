@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldlm.checkpoints.description import describe
 from ldlm.training.outputs import task_of
-from ldlm.training.resuming import Recorded
+from ldlm.training.records import Recorded
 
 
 def warmup_gamma(step: int, steps: int, gamma_min: float = 0.0, k: float = 10.0, c: float = 0.8) -> float:
