@@ -25,7 +25,7 @@ class Losses(NamedTuple):
         total: What is minimised, scalar.
         terms: The losses that count, by name, scalars: logged as ``train/NAME`` and ``validation/NAME``.
         rows: The diffusion loss of each row [b], detached, from which the timestep sampler learns; None without one.
-        z0: The latents [b m d], detached.
+        z0: The latents [b m d], with their gradient: another objective may add a term of them.
     """
 
     total: Tensor
@@ -153,7 +153,7 @@ class JointObjective(Objective):
                 terms["token"] = model.token_decoder.loss(seen, tokens, positions)  # Eq. 27
                 total = total + self.token_weight * terms["token"]
 
-        return Losses(total, terms, rows, z0.detach())
+        return Losses(total, terms, rows, z0)
 
     def _masked(self, hidden: Tensor, source: Source, training: bool) -> Tensor:
         """What the latent encoder sees: in training, a share of the positions is zero, which is their mean."""
@@ -189,7 +189,7 @@ class TokenObjective(Objective):
         z0 = model.encode(tokens)
         hidden_hat = model.latent_decoder(z0 + model.sigma_dec * normal_like(z0, source))
         token = model.token_decoder.loss(hidden_hat, tokens, draw_positions(tokens, self.token_fraction, source))
-        return Losses(token, {"token": token}, None, z0.detach())
+        return Losses(token, {"token": token}, None, z0)
 
 
 def denoising_loss(model: LDLM, z0: Tensor, u: Tensor, source: Source) -> Tensor:
