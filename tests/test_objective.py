@@ -83,7 +83,7 @@ def test_the_three_losses_are_those_of_a_recomputation_by_hand():
     torch.testing.assert_close(losses.total, 0.5 * errors.mean() + 2 * mse + 0.25 * nats, rtol=1e-5, atol=1e-6)
     assert torch.equal(losses.z0, z0)
     assert not losses.rows.requires_grad
-    assert not losses.z0.requires_grad
+    assert losses.z0.requires_grad  # another objective may add a term of them
 
 
 def test_given_times_are_used_and_none_are_drawn():
