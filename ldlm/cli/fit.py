@@ -179,8 +179,10 @@ class Fit(Command):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """All four blocks."""
         super().add_core_arguments_to_parser(parser)
-        parser.add_class_arguments(LDLM, "model")
-        parser.add_class_arguments(LDLMTask, "training", skip={"model"}, instantiate=False)
+        parser.add_class_arguments(LDLM, "model", fail_untyped=False, sub_configs=True)
+        parser.add_class_arguments(
+            LDLMTask, "training", skip={"model"}, instantiate=False, fail_untyped=False, sub_configs=True
+        )
         # So that options and overlays may give its arguments without its name.
         parser.set_defaults({"training.objective": {"class_path": "ldlm.JointObjective"}})
 
@@ -221,8 +223,10 @@ class FitDecoder(Command):
         """``stage`` says what is trained and ``training`` how; what a recipe says of the model is read past."""
         super().add_core_arguments_to_parser(parser)
         ours = {"objective": dict | None, "warmup_steps": int | None, "timestep_refresh": int | None}
-        parser.add_class_arguments(LDLMTask, "training", skip={"model", *ours}, instantiate=False)
-        parser.add_function_arguments(token_decoder_stage, "stage")
+        parser.add_class_arguments(
+            LDLMTask, "training", skip={"model", *ours}, instantiate=False, fail_untyped=False, sub_configs=True
+        )
+        parser.add_function_arguments(token_decoder_stage, "stage", fail_untyped=False, sub_configs=True)
         parser.add_argument(
             "--stage.token_fraction", type=float, default=1.0, help="share of the positions with cross-entropy"
         )

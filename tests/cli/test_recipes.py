@@ -347,7 +347,9 @@ def called(value: list[str] | set[str]) -> str:
 def check_run(folder: Path, words: list[str], losses: set[str]) -> None:
     checkpoint = train(folder, *words)
     assert losses_of(checkpoint) == losses
-    model = LDLMTask.load_from_checkpoint(checkpoint).model  # with what its objective freezes
+    task = LDLMTask.load_from_checkpoint(checkpoint)
+    model = task.model
+    task.objective.prepare(model)  # as a fit does
     # What stood still stands where it started, and what trained has moved: AdamW has a state for it.
     states = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["state"]
     assert len(states) == len([p for p in model.parameters() if p.requires_grad])
