@@ -43,7 +43,7 @@ class LDLM(nn.Module):
     A part that is not given is the paper's, at the token encoder's width.
 
     Args:
-        token_encoder: Tokens to normalised hidden states; frozen.
+        token_encoder: Tokens to normalised hidden states; a pre-trained one is frozen.
         latent_encoder: Hidden states to latents.
         denoiser: Noised latents to clean ones.
         latent_decoder: Latents to hidden states.

@@ -54,9 +54,10 @@ class Objective(abc.ABC):
         """
 
     def prepare(self, model: LDLM) -> None:  # noqa: B027  # a hook
-        """Check that a model suits, and freeze what gets no gradient, before it is trained; does nothing here.
+        """Check that a model suits, and freeze what gets no gradient: a method meant to be overridden, empty here.
 
-        DDP wants every trainable parameter used in every step.
+        Called when a task is made, which then sets the parts free again, and at the start of each of its fits, which
+        sets them free at its end. DDP wants every trainable parameter used in every step.
         """
 
 

@@ -179,9 +179,9 @@ for step in (0, 600, 800, 1000):
     (
         """## Training
 
-`LDLMTask` is the Lightning module: it trains the model on the objective with a plain `Trainer`. It brings two callbacks
-along: one sets γ, one feeds the losses to the timestep sampler and refreshes it. Ten steps are next to nothing, but the
-losses move.""",
+`LDLMTask` is the Lightning module: it trains the model on the objective with a plain `Trainer`. It brings the paper's
+two callbacks along, of which one sets γ and one feeds the losses to the timestep sampler and refreshes it, and three
+monitors. Ten steps are next to nothing, but the losses move.""",
         """
 import lightning as L
 

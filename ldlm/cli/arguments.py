@@ -58,7 +58,7 @@ def numbers(word: str) -> list[int]:
 def explain(message: str, options: list[str], classes: list[str]) -> str:
     """One of jsonargparse's messages as one sentence, with the nearest option or class where a name is unknown."""
     if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", message):
-        return f"--{found[1]} is required; {REQUIRED.get(found[1], 'ldlm fit --help says what it is')}"
+        return f"--{found[1]} is required; {REQUIRED.get(found[1], 'the command with --help says what it is')}"
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     option = f"--{key[1]}: " if key else ""
     if found := re.search(r"[Uu]nrecognized arguments: (--?[\w.]+)", message):

@@ -205,7 +205,7 @@ class Fit(Command):
             parser.link_arguments(
                 ("num_latents", "sequence_length"),
                 f"model.{part}.init_args.num_latents",
-                compute_fn=lambda latents, tokens: tokens if latents is None else latents,
+                compute_fn=latents_of_row,
             )
 
     def make_task(self, options: Namespace) -> LDLMTask:
@@ -231,7 +231,9 @@ class FitDecoder(Command):
             "--stage.token_fraction", type=float, default=1.0, help="share of the positions with cross-entropy"
         )
         unused = {f"training.{name}": kind for name, kind in ours.items()}
-        add_unused(parser, unused | {"model": dict, "num_latents": int | None, "latents": str | None})
+        add_unused(parser, unused, "the cross-entropy alone is minimised, by TokenObjective")
+        model = {"model": dict, "num_latents": int | None, "latents": str | None}
+        add_unused(parser, model, "the model is that of --stage.checkpoint")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options that the stage and data share."""
@@ -276,7 +278,7 @@ class Stored(Command):
         """What a recipe says of model and training is read past."""
         super().add_core_arguments_to_parser(parser)
         unused = {"model": dict, "training": dict, "num_latents": int | None, "latents": str | None, "stage": dict}
-        add_unused(parser, unused)
+        add_unused(parser, unused, "the checkpoint says what its model is and how it was trained")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Where things are, and go."""
@@ -307,10 +309,15 @@ class Stored(Command):
         return self.stored
 
 
-def add_unused(parser: LightningArgumentParser, options: dict[str, Any]) -> None:
+def add_unused(parser: LightningArgumentParser, options: dict[str, Any], reason: str) -> None:
     """Let a recipe say what a command does not read."""
     for name, kind in options.items():
-        parser.add_argument(f"--{name}", type=kind, default=None, help="not used: the checkpoint describes its model")
+        parser.add_argument(f"--{name}", type=kind, default=None, help=f"not used: {reason}")
+
+
+def latents_of_row(num_latents: int | None, sequence_length: int) -> int:
+    """As many latent vectors a row as were asked for; else one a token."""
+    return sequence_length if num_latents is None else num_latents
 
 
 def find_detokenizer(name: Any) -> Any:

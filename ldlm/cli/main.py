@@ -3,8 +3,8 @@
 In: words from a shell. Out: trained models, texts, one clear sentence and exit status 2 where something is wrong.
 No section of the paper; the recipes in ``configs/`` say which of its numbers they carry.
 
-``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's (`fit.py`); the others are plain functions here,
-and nothing heavy is imported before one is known to need it.
+``fit``, ``fit-decoder``, ``validate``, ``test`` and ``predict`` are LightningCLI's (`fit.py`); the others are plain
+functions here, and nothing heavy is imported before one is known to need it.
 """
 
 import argparse

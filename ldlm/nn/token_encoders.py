@@ -47,7 +47,7 @@ class TokenEncoder(nn.Module, abc.ABC):
         self.register_buffer("mean", torch.zeros(hidden_size))
         self.register_buffer("std", torch.ones(hidden_size))
         self.register_buffer("statistics_rows", torch.zeros((), dtype=torch.int64))
-        # What stands in for `hidden_states` while `cache.CacheHiddenStates` has them on disk; in no checkpoint.
+        # What stands in for `hidden_states` while `ldlm.CacheHiddenStates` has them on disk; in no checkpoint.
         self.stored: Callable[[Tensor], Tensor] | None = None
 
     @abc.abstractmethod

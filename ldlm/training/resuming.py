@@ -101,7 +101,7 @@ def check_resumed(
         raise ValueError(
             f"the checkpoint's run has {brief(name)} {brief(was)} and this one would go on with {brief(now)}: give "
             f"the same, or insist with allow_changes={names} of the task, --training.allow_changes "
-            f"[{', '.join(names)}]{'; different too: ' if others else ''}{', '.join(others)}"
+            f"'[{', '.join(names)}]'{'; different too: ' if others else ''}{', '.join(others)}"
         )
 
 

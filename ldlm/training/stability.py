@@ -224,7 +224,7 @@ def diagnosis(
         coordinates: Latent coordinates a token.
     """
     share = "" if error is None else f" (cross-entropy at {error:.0%} of guessing's)"
-    advice = "lengthen the warm-up (DiffusionToEncoderWarmup), lower sigma_dec, or lower the learning rate"
+    advice = "lengthen the warm-up (training.warmup_steps), lower sigma_dec, or lower the learning rate"
     if std < seen[0]:
         return (
             "the latents have collapsed",
@@ -242,7 +242,8 @@ def diagnosis(
         return (
             "the latents explode",
             f"their deviation {std:.3g} stands above the noise at nearly every time, {seen[1]:.3g} at t = 0.99, but "
-            "sampling starts from noise alone; raise diffusion_weight, shorten the warm-up, or lower the learning rate",
+            "sampling starts from noise alone; raise the objective's "
+            "diffusion_weight, shorten the warm-up, or lower the learning rate",
         )
     return None
 

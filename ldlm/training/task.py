@@ -72,16 +72,17 @@ class LDLMTask(Task):
             the trainer's callbacks takes its place.
         statistics_rows: Rows over which the hidden states' mean and standard deviation are measured, at least: complete
             optimizer steps are read.
-        learning_rate: Of AdamW.
-        betas: Of AdamW.
-        eps: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: AdamW's, after its warm-up.
+        betas: AdamW's decays of the first and the second moment.
+        eps: AdamW's, added to the root of the second moment.
+        weight_decay: AdamW's, on all that is trained.
         lr_warmup_steps: Steps of linear warm-up from 1e-8.
         lr_decay: Last share of the run over which the learning rate falls linearly to 0; 0 keeps it constant.
         seed: Of the noise in training and validation.
         allow_changes: What a resumed run may change of its checkpoint's run that is refused otherwise, by name:
-            ``sigma_dec``, ``schedule.d``, ``schedule`` with all its arguments, ``batch_size`` and ``data`` of the data,
-            ``EMA.decay`` of a callback.
+            ``sigma_dec``, ``schedule.d``, ``schedule`` with all its arguments, ``objective.token_weight``,
+            ``batch_size`` and ``data`` of the data, ``EMA.decay`` of a callback; ``DiffusionToEncoderWarmup.steps`` for
+            ``warmup_steps``, ``AdaptiveTimestepUpdate.every_n_steps`` for ``timestep_refresh``.
 
     Raises:
         ValueError: If an argument is out of range, or the objective does not suit the model.
@@ -430,7 +431,8 @@ class LDLMTask(Task):
 
     def __repr__(self) -> str:
         """The model, and what it is trained with."""
-        objective = ", ".join(f"{name}={value!r}" for name, value in vars(self.objective).items())
+        known = inspect.signature(type(self.objective)).parameters
+        objective = ", ".join(f"{name}={value!r}" for name, value in vars(self.objective).items() if name in known)
         options = {name: value for name, value in vars(self).items() if name in inspect.signature(LDLMTask).parameters}
         told = (f"{name}={value!r}" for name, value in options.items() if name not in ("objective", "allow_changes"))
         lines = [f"{type(self).__name__} with {type(self.objective).__name__}({objective})", f"  {', '.join(told)}"]

@@ -1,7 +1,7 @@
 """Hidden states of a small corpus, computed once and read from disk ever after.
 
-In: a Trainer with a `PackedTextDataModule`, its LDLM with a frozen token encoder. Out: a file beside the packed tokens,
-and a token encoder that reads from it.
+In: a Trainer with a `PackedTextDataModule`, its task, whose model has a frozen token encoder. Out: a file beside the
+packed tokens, and a token encoder that reads from it.
 No section of the paper.
 """
 

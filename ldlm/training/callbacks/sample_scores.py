@@ -1,6 +1,6 @@
 """Scores of generated texts while a model trains.
 
-In: a Trainer and its LDLM, the name of a scorer. Out: numbers to log, and to choose checkpoints by.
+In: a Trainer and its task, the name of a scorer. Out: numbers to log, and to choose checkpoints by.
 Paper: section 6 (the metrics), with a small budget of samples.
 """
 

@@ -1,6 +1,6 @@
 """What a person looks at while training: figures, texts, speed, and a look back at the end.
 
-In: a Trainer with a TensorBoard logger (others get the numbers only) and its LDLM. Out: log entries, printed texts.
+In: a Trainer with a TensorBoard logger (others get the numbers only) and its task. Out: log entries, printed texts.
 Paper: Fig. 5 and 6.
 """
 
