@@ -105,14 +105,14 @@ def test_what_changes_the_result_changes_only_if_it_is_insisted_on_by_name(folde
     ("part", "name"), [(UniformTimesteps(), "timesteps"), (TimeOnlyDenoiser(), "denoiser")], ids=["times", "denoiser"]
 )
 def test_a_part_of_another_class_is_one_difference_and_not_one_for_each_argument(folder, part, name):
-    with pytest.raises(ValueError, match=rf"has {name} \S+ and this .* with \S+: .* \[{name}\]'$"):
+    with pytest.raises(ValueError, match=rf"has {name} \S+ and this .* with \S+: .* '\[{name}\]'$"):
         resume(folder, make_task(**RATES | {name: part}), callbacks())
 
 
 def test_all_that_differs_is_said_at_once(folder):
     task = make_task(**RATES | {"sigma_dec": 2.0, "eps": 1e-6}, allow_changes=["eps"])
     with pytest.raises(
-        ValueError, match=r"sigma_dec 1.0 .* \[sigma_dec, EMA.decay\]'; different too: EMA.decay \(0.9, 0.5\)$"
+        ValueError, match=r"sigma_dec 1.0 .* '\[sigma_dec, EMA.decay\]'; different too: EMA.decay \(0.9, 0.5\)$"
     ):
         resume(folder, task, callbacks(0.5))
 
