@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_other_rows_only_if_that_is_insisted_on_by_name(stopp
     changes, message = CHANGES[name]
     changes = {"seed": 1} | {key: value(tmp_path) if callable(value) else value for key, value in changes.items()}
     with pytest.raises(
-        ValueError, match=rf"the checkpoint's run has {message} give the same.*allow_changes \[{name}\]"
+        ValueError, match=rf"the checkpoint's run has {message} give the same.*allow_changes '\[{name}\]'"
     ):
         make_trainer(tmp_path, [], max_steps=3).fit(task(), make_data(tmp_path, **changes), ckpt_path=stopped)
     trainer = make_trainer(tmp_path, [], max_steps=3)
