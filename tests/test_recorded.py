@@ -23,8 +23,9 @@ def test_losses_weights_and_generated_ids_are_those_that_were_recorded(tmp_path,
     found, told = recorded.CASES[name](tmp_path), TOLD[name]
     if recorded.arithmetic() == TOLD["arithmetic"]:  # else another CPU's kernels round otherwise
         assert found == told
-    losses = [[float.fromhex(loss) for loss in one["losses"]] for one in (found, told)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # AdamW divides by the root of small second moments, so that rounding grows from step to step: by 10³ in 20.
+    first = [[float.fromhex(loss) for loss in one["losses"][:8]] for one in (found, told)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
 
 
 def test_a_corpus_is_packed_into_the_bytes_that_were_recorded(tmp_path):
