@@ -72,7 +72,7 @@ def step_output(outputs: Any) -> StepOutput:
     Raises:
         ValueError: If it is something else, as where somebody's ``training_step`` returns the loss alone.
     """
-    if missing := StepOutput.__required_keys__ - dict(outputs or {}).keys():
+    if missing := StepOutput.__required_keys__ - (outputs or {}).keys():
         raise ValueError(
             f"training_step returned nothing as {', '.join(sorted(missing))}, which callbacks here read: return what "
             "LDLMTask.training_step returned, changed as you like"

@@ -87,5 +87,10 @@ def name_weights(state: dict[str, Tensor]) -> str:
     """Name tensors by a digest of their bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor_bytes(tensor))
     return f"of sha256 {digest.hexdigest()[:16]}"
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's numbers, in their order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -393,7 +393,7 @@ class LDLMTask(Task):
         """Model, task and run as plain data: what a checkpoint says of itself, by which a resumed run is compared."""
         if self._given and self._digest is None:
             weights = self.model.named_parameters()
-            self._digest = name_weights({n: p.detach() for n, p in weights if n.partition(".")[0] in self._given})
+            self._digest = name_weights({n: p for n, p in weights if n.partition(".")[0] in self._given})
         return describe_run(self, self.objective, self._digest)
 
     @classmethod

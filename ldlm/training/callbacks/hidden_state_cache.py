@@ -25,7 +25,7 @@ from ldlm.data.rows import PackedRows
 from ldlm.nn.token_encoders import DTYPES, FrozenTokenEncoder, TokenEncoder
 from ldlm.training.outputs import model_of
 from ldlm.training.preemption import check_signals
-from ldlm.training.records import Recorded
+from ldlm.training.records import Recorded, tensor_bytes
 
 STATISTICS = ("mean", "std", "statistics_rows")  # of the normalisation, which comes after what is stored
 TOKENS = 2**14  # in a batch while the file is written, each of which has a digest
@@ -153,7 +153,7 @@ def _write(
     with write_atomically(path) as file:
         for tokens in _batches(rows):
             check_signals(trainer)  # this may take hours
-            content = _bytes(encoder.hidden_states(tokens.to(encoder.mean.device)).to(dtype))
+            content = tensor_bytes(encoder.hidden_states(tokens.to(encoder.mean.device)).to(dtype))
             blocks.append(hashlib.sha256(content).hexdigest())
             file.write(content)
     with write_atomically(path.with_suffix(".json")) as file:
@@ -186,10 +186,6 @@ def _others(folder: Path, path: Path) -> str:
     return told if sizes else ""
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
 def _key(rows: PackedRows, encoder: TokenEncoder, dtype: torch.dtype) -> str:
     """A digest of all that the hidden states depend on: the rows, and the encoder's arguments and weights."""
     weights = hashlib.sha256()
@@ -197,7 +193,7 @@ def _key(rows: PackedRows, encoder: TokenEncoder, dtype: torch.dtype) -> str:
         encoder.frozen()  # writes the digest of its weights into its arguments
     for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:
         if name not in STATISTICS:
-            weights.update(name.encode() + _bytes(tensor))
+            weights.update(name.encode() + tensor_bytes(tensor))
     blocks = json.loads(rows.path.with_suffix(".json").read_text(encoding="utf-8"))["blocks"]
     about = [blocks, rows.sequence_length, rows.frame, describe(encoder), weights.hexdigest(), str(dtype), TOKENS]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
